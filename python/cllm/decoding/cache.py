@@ -1,0 +1,192 @@
+"""The ragged KV cache: every row of the batch has its own length, and can be rewound for free.
+
+A row's keys and values stand at slots ``0 .. length - 1`` of preallocated storage. A window is
+written behind them at each forward; what was a wrong guess is simply overwritten by the next one,
+because only the masks and the positions know how long a row is. HuggingFace's own caches keep one
+length for the whole batch, so rows could not advance at their own pace.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# SDPA reduces over keys in blocks of 512 (CPU) or of a divisor of it (CUDA), in order, and a masked
+# block adds exact zeros. So views that are multiples of 512 give a row the same bits.
+VIEW_STEP = 512
+_ALIGNMENT = 64
+
+
+def round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+class BlockPlan:
+    """Where the block of the coming forward is written, and what attention gets to see.
+
+    One plan is shared by all layers, so that indices are computed once per forward.
+
+    A row's bits must not depend on how the text came about, or near-ties in bf16 would fall
+    differently from one trajectory to the next. The slots that attention reduces over are part of
+    that: matrix products block a sum by its length. So a call keeps one view as long as its text
+    can, and beyond `VIEW_STEP` slots grows it in whole steps; attention that promises nothing about
+    its blocks (`constant_view`) has the whole view from the start.
+
+    Args:
+        batch: B, the rows.
+        slots: most slots that a row of this call can need, the last window included.
+        right_aligned: hand every row to attention with its newest token in the last slot, as a
+            left-padded batch, for models that read positions off a 2D mask (ALiBi) or off the
+            key's distance from the end. Costs a gather of the whole cache per layer.
+        constant_view: never grow the view.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        slots: int,
+        device: torch.device,
+        *,
+        right_aligned: bool = False,
+        constant_view: bool = False,
+    ):
+        self.batch = batch
+        self.grows = slots > VIEW_STEP and not constant_view
+        self.longest_view = round_up(slots, VIEW_STEP if self.grows else _ALIGNMENT)
+        self.capacity = VIEW_STEP if self.grows else self.longest_view
+        self.device = device
+        self.right_aligned = right_aligned
+        self.prefill = True
+        self.view = 0  # slots of a row that attention sees
+        self.single = 0  # where the block starts, when there is one row and the host knows it
+        self.slots: torch.Tensor | None = None  # [B * n] flat index of every token of the block
+        self.gather: torch.Tensor | None = None  # [B * view] flat index of every visible slot
+        self.width = 0
+
+    def start_prefill(self, width: int) -> None:
+        self.prefill, self.width, self.view = True, width, width
+        self.reserve(width)
+
+    def start_window(self, lengths: torch.Tensor, host_lengths: list[int], width: int) -> None:
+        """Plan a forward of `width` rows behind `lengths` [B] (`host_lengths`: the same on the
+        host)."""
+        self.prefill, self.width = False, width
+        longest = max(host_lengths)
+        self.reserve(longest + width)
+        self.single = host_lengths[0]
+        offsets = torch.arange(width, device=self.device)
+        rows = torch.arange(self.batch, device=self.device)[:, None] * self.capacity
+        if self.batch > 1 or self.device.type != "cpu":
+            self.slots = (rows + lengths[:, None] + offsets).flatten()
+        if self.right_aligned:
+            self.view = longest + width
+            shift = (longest - lengths)[:, None]
+            visible = torch.arange(self.view, device=self.device) - shift
+            self.gather = (rows + visible.clamp_(min=0)).flatten()
+        else:
+            self.view = round_up(longest + width, VIEW_STEP) if self.grows else self.longest_view
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` per row, doubling so that growth stays rare."""
+        if slots > self.capacity:
+            wanted = min(max(slots, 2 * self.capacity), self.longest_view)
+            self.capacity = round_up(wanted, VIEW_STEP)
+
+    def key_mask(self, lengths: torch.Tensor) -> torch.Tensor:
+        """[B, view] of 0 and 1, the 2D attention mask of the right-aligned layout."""
+        first = (lengths.max() - lengths)[:, None]
+        return (torch.arange(self.view, device=self.device) >= first).long()
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's storage: keys [B, capacity, heads, D_k] and values [B, capacity, heads, D_v].
+
+    The token dimension stands before the heads, so that a block is appended to all heads of a
+    ragged batch by one indexed copy.
+    """
+
+    is_sliding = False
+
+    def __init__(self, plan: BlockPlan):
+        super().__init__()
+        self.plan = plan
+        self.updates = 0
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
+    ) -> None:
+        # zeros, not empty: a masked slot still takes part in a product with weight 0, and 0 * NaN
+        # is NaN
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, size = states.shape
+        return states.new_zeros(batch, self.plan.capacity, heads, size)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the block's keys and values [B, heads, n, D]; return all that attention sees."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.updates += 1
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        if self.plan.prefill:
+            return key_states, value_states
+        return self._visible(self.keys), self._visible(self.values)
+
+    def _write(self, storage: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        plan = self.plan
+        block = states.transpose(1, 2)  # [B, n, heads, D]
+        if storage.shape[1] < plan.capacity:
+            grown = storage.new_zeros(plan.batch, plan.capacity, *storage.shape[2:])
+            grown[:, : storage.shape[1]] = storage
+            storage = grown
+        if plan.prefill:
+            storage[:, : plan.width] = block
+        elif plan.slots is None:
+            storage[0, plan.single : plan.single + plan.width] = block[0]
+        else:
+            slots = plan.slots.to(storage.device)
+            storage.view(-1, *storage.shape[2:]).index_copy_(0, slots, block.flatten(0, 1))
+        return storage
+
+    def _visible(self, storage: torch.Tensor) -> torch.Tensor:
+        plan = self.plan
+        if plan.right_aligned:
+            flat = storage.view(-1, *storage.shape[2:])
+            seen = flat.index_select(0, plan.gather.to(storage.device))
+            return seen.view(plan.batch, plan.view, *storage.shape[2:]).transpose(1, 2)
+        return storage[:, : plan.view].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.plan.view, 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self.plan.prefill else self.plan.view - self.plan.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """What `get_max_length` was called before transformers 5.20 or so."""
+        return -1
+
+
+class RaggedCache(Cache):
+    """A HuggingFace cache of `RaggedLayer`, created layer by layer as the model writes to it."""
+
+    def __init__(self, plan: BlockPlan):
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, plan))
+        self.plan = plan
+
+    def untouched_layers(self) -> list[int]:
+        """Layers of the cache that no forward has written to."""
+        return [index for index, layer in enumerate(self.layers) if not layer.updates]

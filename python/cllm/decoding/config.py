@@ -1,0 +1,80 @@
+"""What a user can set about Jacobi decoding, validated where it is written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+Mode = Literal["sliding", "block"]
+Fill = Literal["prompt", "last", "random", "pad"]
+Accept = Literal["all", "one"]
+
+
+@dataclass(frozen=True)
+class JacobiConfig:
+    """Settings of Jacobi decoding (CLLM, arXiv 2403.00835, section 3).
+
+    None of them changes the text; they change how many forward passes it takes, and in bf16/fp16
+    `block_size` also fixes the forward's width and with it the rounding of near-ties.
+
+    Attributes:
+        block_size: ``n``, the tokens in a window, and the rows of every forward pass.
+        mode: ``"sliding"`` moves the window past every token that is final; ``"block"`` is the
+            paper's: iterate one n-token block to its fixed point, then start the next.
+        fill: where a guess comes from when no earlier prediction is left for its position:
+            ``"prompt"`` draws from the row's own prompt (the paper's choice), ``"last"`` repeats
+            the last prediction, ``"random"`` draws from the vocabulary, ``"pad"`` is the pad token.
+        seed: of the random fills. The same seed gives the same guesses on every device.
+        max_iterations: most forward passes of one call (prefill apart); what is final by then is
+            returned. ``None``: as many as the text takes.
+        accept: ``"all"`` keeps every final token. ``"one"`` keeps one per forward: one-token
+            decoding through forwards of the same width, to compare with in bf16 and fp16.
+        record_trajectories: keep every iteration's window and predictions (`cllm.Trajectory`).
+
+    Raises:
+        ValueError: naming every field that has a bad value.
+    """
+
+    block_size: int = 16
+    mode: Mode = "sliding"
+    fill: Fill = "prompt"
+    seed: int = 0
+    max_iterations: int | None = None
+    accept: Accept = "all"
+    record_trajectories: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _is_int(self.block_size) or self.block_size < 1:
+            problems.append(f"block_size must be an integer >= 1, not {self.block_size!r}")
+        for name, choices in (("mode", Mode), ("fill", Fill), ("accept", Accept)):
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(repr(choice) for choice in get_args(choices))
+                problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            problems.append(f"seed must be an integer in [0, 2**63), not {self.seed!r}")
+        if self.max_iterations is not None and (
+            not _is_int(self.max_iterations) or self.max_iterations < 1
+        ):
+            problems.append(
+                f"max_iterations must be None or an integer >= 1, not {self.max_iterations!r}"
+            )
+        if not isinstance(self.record_trajectories, bool):
+            problems.append(
+                f"record_trajectories must be True or False, not {self.record_trajectories!r}"
+            )
+        if problems:
+            raise ValueError("JacobiConfig: " + "; ".join(problems))
+
+    def updated(self, **changes: Any) -> JacobiConfig:
+        """A copy with every field of `changes` that is not None replaced, validated again."""
+        return replace(
+            self, **{name: value for name, value in changes.items() if value is not None}
+        )
+
+
+FIELDS = tuple(field.name for field in fields(JacobiConfig))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

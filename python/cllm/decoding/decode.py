@@ -1,0 +1,360 @@
+"""`jacobi_decode`: Jacobi iteration behind HuggingFace's own extension point for decoding loops."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from .config import Accept, Fill, JacobiConfig, Mode
+from .fill import fill_table
+from .forward import BlockForward, Layout, choose_layout
+from .loop import DecodingLoop, WindowState
+from .output import JacobiOutput
+from .stopping import StopRules
+from .support import ModelTraits, UnsupportedOptionError, check_model, model_device
+
+# What `generate` prepares for its own loops and this one derives anew, per row.
+_PREPARED = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "token_type_ids",
+        "return_dict",
+    }
+)
+
+
+@torch.no_grad()
+def jacobi_decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    config: JacobiConfig | None = None,
+    block_size: int | None = None,
+    mode: Mode | None = None,
+    fill: Fill | None = None,
+    seed: int | None = None,
+    max_iterations: int | None = None,
+    accept: Accept | None = None,
+    record_trajectories: bool | None = None,
+    token_streamer: Any = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | JacobiOutput:
+    """Greedy decoding, n tokens per forward pass (CLLM, arXiv 2403.00835, section 3.1).
+
+    Meant for ``model.generate(**inputs, custom_generate=cllm.jacobi_decode, block_size=16)``, which
+    prepares the arguments. transformers keeps ``streamer`` and ``tokenizer`` to itself there: pass
+    a streamer as ``token_streamer``, and for stop strings use `cllm.generate`.
+
+    Args:
+        model: a decoder-only transformers model in eval mode.
+        input_ids: [B, P] int64, left-padded.
+        logits_processor, stopping_criteria, generation_config: as prepared by ``generate``.
+        config: settings; the keyword arguments named like its fields replace them one by one.
+        token_streamer: a transformers streamer; receives accepted tokens only.
+        model_kwargs: ``attention_mask`` [B, P] of zeros followed by ones, and what ``generate``
+            adds of its own.
+
+    Returns:
+        [B, P + T] int64, or `JacobiOutput` with ``return_dict_in_generate=True``.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be decoded this way.
+        UnsupportedOptionError: sampling, beams and other modes that Jacobi decoding has not.
+        ValueError: a bad prompt, mask or setting; the message names it.
+    """
+    settings = (config or JacobiConfig()).updated(
+        block_size=block_size,
+        mode=mode,
+        fill=fill,
+        seed=seed,
+        max_iterations=max_iterations,
+        accept=accept,
+        record_trajectories=record_trajectories,
+    )
+    if generation_config is None:
+        raise ValueError(
+            "jacobi_decode was called without a generation_config; call "
+            "model.generate(..., custom_generate=cllm.jacobi_decode) or cllm.generate(model, ...)"
+        )
+    check_options(generation_config, model_kwargs)
+    traits = check_model(model)
+    check_inputs(model, traits, input_ids, model_kwargs.get("attention_mask"), settings)
+
+    rules = StopRules.from_criteria(stopping_criteria or StoppingCriteriaList())
+    if rules.max_length is None:
+        raise ValueError("no length limit was given: pass max_new_tokens or max_length")
+    pad = generation_config._pad_token_tensor
+    pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
+    prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
+
+    layout = choose_layout(model, traits, prompts[0, : int(lengths[0])])
+    with layout.applied(model):
+        loop, prefill_seconds = _start(
+            model,
+            traits,
+            settings,
+            rules,
+            input_ids=input_ids,
+            prompts=prompts,
+            lengths=lengths,
+            pad_token_id=pad_token_id,
+            layout=layout,
+            processors=logits_processor or [],
+            streamer=token_streamer,
+        )
+        loop.run()
+    return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
+
+
+def _start(
+    model: Any,
+    traits: ModelTraits,
+    settings: JacobiConfig,
+    rules: StopRules,
+    *,
+    input_ids: torch.Tensor,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    pad_token_id: int,
+    layout: Layout,
+    processors: Any,
+    streamer: Any,
+) -> tuple[DecodingLoop, float]:
+    batch, width = input_ids.shape
+    longest = int(lengths.max())
+    limit = max(rules.max_length or 0, width)
+    sequences = input_ids.new_full((batch, limit), pad_token_id)
+    sequences[:, :width] = input_ids
+    fill = fill_table(
+        settings.fill,
+        prompts=prompts,
+        prompt_lengths=lengths,
+        width=limit + settings.block_size,
+        seed=settings.seed,
+        vocab_size=traits.vocab_size,
+        pad_token_id=pad_token_id,
+    )
+    forward = BlockForward(
+        model,
+        traits,
+        batch=batch,
+        slots=longest + limit - width + settings.block_size,
+        device=input_ids.device,
+        position_limit=_position_limit(traits, longest + limit - width),
+        layout=layout,
+    )
+    if streamer is not None:
+        if batch > 1:
+            raise ValueError(
+                f"a streamer takes a batch of 1, but input_ids has {batch} rows; "
+                "generate the rows one by one or drop the streamer"
+            )
+        streamer.put(input_ids.cpu())
+    started = time.perf_counter()
+    if longest > 1:
+        forward.prefill(prompts[:, : longest - 1], lengths - 1)
+    seconds = time.perf_counter() - started
+    state = WindowState.start(
+        prompts, lengths, sequences, width, fill, rules.stop_ids, settings.block_size
+    )
+    loop = DecodingLoop(
+        forward,
+        state,
+        settings,
+        rules,
+        prompt_width=width,
+        processors=processors,
+        streamer=streamer,
+    )
+    return loop, seconds
+
+
+def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:
+    """Guesses past the end of the text must not ask for positions that the model does not have."""
+    if traits.context is None:
+        return None
+    return traits.context if traits.bounded_positions else max(traits.context, longest_text)
+
+
+def _result(
+    loop: DecodingLoop,
+    generation_config: GenerationConfig,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    pad_token_id: int,
+    prefill_seconds: float,
+) -> torch.Tensor | JacobiOutput:
+    ends = torch.tensor([row.generated for row in loop.rows], device=prompts.device)
+    sequences = loop.state.sequences[:, : int(ends.max())]
+    columns = torch.arange(sequences.shape[1], device=sequences.device)
+    # a stop string may have cut tokens that were committed already
+    sequences = sequences.masked_fill(columns >= ends[:, None], pad_token_id)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    iterations = torch.tensor([row.iterations for row in loop.rows])
+    accepted = ends.cpu() - loop.prompt_width
+    trajectories = None
+    if loop.config.record_trajectories:
+        rows = zip(prompts.tolist(), lengths.tolist(), strict=True)
+        trajectories = loop.trajectories([prompt[:length] for prompt, length in rows])
+    return JacobiOutput(
+        sequences=sequences,
+        iterations=iterations,
+        accepted=accepted,
+        forwards=loop.forwards,
+        tokens_per_forward=float(accepted.sum() / iterations.sum().clamp(min=1)),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=loop.seconds,
+        trajectories=trajectories,
+    )
+
+
+def right_pad(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded prompts [B, P] to right-padded ones and their lengths [B]."""
+    batch, width = input_ids.shape
+    if attention_mask is None:
+        return input_ids, torch.full((batch,), width, device=input_ids.device)
+    lengths = attention_mask.long().sum(dim=1)
+    columns = torch.arange(width, device=input_ids.device) + (width - lengths)[:, None]
+    return input_ids.gather(1, columns.clamp(max=width - 1)), lengths
+
+
+_SUPPORTED_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window")
+
+
+def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuse what greedy Jacobi decoding does not do.
+
+    Raises:
+        UnsupportedOptionError: naming the option.
+    """
+    wanted = generation_config
+    if wanted.num_beams is not None and wanted.num_beams > 1:
+        raise UnsupportedOptionError(
+            f"num_beams={wanted.num_beams}", "it keeps one hypothesis; set num_beams=1"
+        )
+    if wanted.do_sample:
+        raise UnsupportedOptionError(
+            "do_sample=True",
+            "it decodes greedily; set do_sample=False (in the call or the "
+            "model's generation_config)",
+        )
+    generation_mode = wanted.get_generation_mode()
+    if generation_mode != GenerationMode.GREEDY_SEARCH:
+        raise UnsupportedOptionError(
+            f"the generation mode {generation_mode.value}", "it does greedy search only"
+        )
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(wanted, name, None) and wanted.return_dict_in_generate:
+            raise UnsupportedOptionError(f"{name}=True", "it keeps no tensors per token")
+    guidance = getattr(wanted, "guidance_scale", None)
+    if guidance is not None and guidance != 1:
+        raise UnsupportedOptionError(
+            f"guidance_scale={guidance}", "guidance runs a second model state per token"
+        )
+    if getattr(wanted, "watermarking_config", None) is not None:
+        raise UnsupportedOptionError("watermarking_config", "watermarking keeps state per token")
+    cache = getattr(wanted, "cache_implementation", None)
+    if cache not in _SUPPORTED_CACHES:
+        raise UnsupportedOptionError(
+            f"cache_implementation={cache!r}", "it keeps keys and values in a cache of its own"
+        )
+    if model_kwargs.get("synced_gpus"):
+        raise UnsupportedOptionError("synced_gpus=True", "rows of other ranks are not waited for")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise UnsupportedOptionError(
+            "past_key_values", "it cannot continue another cache; pass the whole text as input_ids"
+        )
+    for name, value in model_kwargs.items():
+        if value is not None and name not in _PREPARED and name not in ("synced_gpus",):
+            raise UnsupportedOptionError(
+                name, "it feeds token ids only and would leave this input out"
+            )
+
+
+def check_inputs(
+    model: Any,
+    traits: ModelTraits,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: JacobiConfig,
+) -> None:
+    """Refuse prompts that cannot be decoded, before the first forward.
+
+    Raises:
+        ValueError: naming the argument and what to do.
+    """
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, where dropout makes every forward different; "
+            "call model.eval() first"
+        )
+    if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+        raise ValueError(f"input_ids must be [batch, tokens], not {list(input_ids.shape)}")
+    device = model_device(model)
+    if input_ids.device != device:
+        raise ValueError(
+            f"input_ids is on {input_ids.device}, the model on {device}; "
+            f"pass input_ids.to({str(device)!r})"
+        )
+    width = input_ids.shape[1]
+    if width == 0:
+        raise ValueError("the prompt is empty: input_ids has no tokens; pass at least one")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= traits.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"input_ids holds the token id {wrong}, outside the model's vocabulary of "
+            f"{traits.vocab_size}; was it made by another tokenizer?"
+        )
+    longest = width
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, input_ids "
+                f"{list(input_ids.shape)}; they must be alike"
+            )
+        if attention_mask.device != device:
+            raise ValueError(
+                f"attention_mask is on {attention_mask.device}, the model on {device}; "
+                f"pass attention_mask.to({str(device)!r})"
+            )
+        mask = attention_mask.long()
+        if bool(((mask != 0) & (mask != 1)).any()) or bool((mask.diff(dim=1) < 0).any()):
+            raise ValueError(
+                "attention_mask must be zeros followed by ones in every row (left padding); "
+                "set tokenizer.padding_side='left', and pass a mask of ones for a prompt that "
+                "holds the pad token itself"
+            )
+        counts = mask.sum(dim=1)
+        if int(counts.min()) == 0:
+            row = int(counts.argmin())
+            raise ValueError(f"the prompt of row {row} is empty: its attention_mask is all zeros")
+        longest = int(counts.max())
+    if traits.context is not None:
+        if longest > traits.context:
+            raise ValueError(
+                f"the prompt has {longest} tokens, more than the model's context of "
+                f"{traits.context}; shorten it"
+            )
+        if settings.block_size > traits.context:
+            raise ValueError(
+                f"block_size={settings.block_size} exceeds the model's context of "
+                f"{traits.context}; choose a smaller one"
+            )

@@ -1,0 +1,39 @@
+"""Guesses for positions that no forward pass has predicted yet."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import Fill
+
+
+def fill_table(
+    fill: Fill,
+    *,
+    prompts: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    width: int,
+    seed: int,
+    vocab_size: int,
+    pad_token_id: int,
+) -> torch.Tensor | None:
+    """The guess for every absolute position of the output, [B, width] int64, or None for "last".
+
+    A row's guesses depend on the seed, the position and the row's own prompt only, so that a row
+    takes the same iterations alone and in a batch.
+
+    Args:
+        prompts: [B, P] right-padded prompts, `prompt_lengths` [B] their true lengths.
+        width: positions to cover.
+    """
+    if fill == "last":
+        return None
+    batch, device = prompts.shape[0], prompts.device
+    if fill == "pad":
+        return torch.full((batch, width), pad_token_id, dtype=torch.long, device=device)
+    # drawn on the CPU: generators of different devices give different numbers
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(width, generator=generator, dtype=torch.float64).to(device)
+    if fill == "random":
+        return (draws * vocab_size).long().expand(batch, width).contiguous()
+    return prompts.gather(1, (draws * prompt_lengths[:, None]).long())

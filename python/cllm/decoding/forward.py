@@ -1,0 +1,225 @@
+"""The block forward: n tokens of every row through the public forward and a ragged cache."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attention import folded_attention
+from .cache import BlockPlan, RaggedCache
+from .masks import window_mask
+from .support import ModelTraits, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is driven.
+
+    Attributes:
+        right_aligned: the cache layout, see `BlockPlan`.
+        folded: its SDPA attention is replaced by `attention.cllm_attention_forward` meanwhile.
+    """
+
+    right_aligned: bool
+    folded: bool
+
+    def applied(self, model: Any) -> AbstractContextManager[None]:
+        return folded_attention(model) if self.folded else nullcontext()
+
+    def __str__(self) -> str:
+        side = "right" if self.right_aligned else "left"
+        return f"{side}-aligned{', folded attention' if self.folded else ''}"
+
+
+# Best first. A model that asks for its attention by name ("sdpa") cannot have it folded; one that
+# reads positions off the keys' places needs them right-aligned.
+_LAYOUTS = (Layout(False, True), Layout(False, False), Layout(True, False))
+_chosen: weakref.WeakKeyDictionary[Any, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
+
+
+class BlockForward:
+    """A model, its ragged cache, and the masks and positions that make a batch ragged.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        traits: of `support.check_model`.
+        batch: B, the number of rows.
+        slots: most cache slots that a row can come to need.
+        position_limit: no window token is given a position at or beyond it; only guesses past the
+            end of the text would be.
+        layout: of `choose_layout`; its `applied` context must surround every forward.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        traits: ModelTraits,
+        *,
+        batch: int,
+        slots: int,
+        device: torch.device,
+        position_limit: int | None,
+        layout: Layout,
+    ):
+        self.model = model
+        self.traits = traits
+        self.plan = BlockPlan(
+            batch,
+            slots,
+            device,
+            right_aligned=layout.right_aligned,
+            constant_view=traits.additive_masks,
+        )
+        self.cache = RaggedCache(self.plan)
+        self.position_limit = position_limit
+        self.mask_dtype = model.dtype if traits.additive_masks else None
+        self._call: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+
+    def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Fill the cache from right-padded prompts.
+
+        Args:
+            input_ids: [B, P], row b holding its tokens at ``0 .. lengths[b] - 1``.
+            lengths: [B].
+        """
+        width = input_ids.shape[1]
+        self.plan.start_prefill(width)
+        call = dict(self._call, input_ids=input_ids, attention_mask=None)
+        columns = torch.arange(width, device=input_ids.device)
+        if self.traits.takes_positions:
+            call["position_ids"] = columns.expand_as(input_ids)
+        if self.plan.right_aligned:
+            call["attention_mask"] = (columns < lengths[:, None]).long()
+        if self.traits.takes_logits_to_keep:
+            call["logits_to_keep"] = 1
+        self.model(**call)
+
+    def window(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
+    ) -> torch.Tensor:
+        """Logits after every token of every row's window.
+
+        Args:
+            tokens: [B, n], row b's token i standing at position ``lengths[b] + i``.
+            lengths: [B] tokens of each row in the cache; `host_lengths` the same on the host.
+
+        Returns:
+            [B, n, V] in the model's dtype.
+        """
+        width = tokens.shape[1]
+        self.plan.start_window(lengths, host_lengths, width)
+        offsets = torch.arange(width, device=tokens.device)
+        positions = lengths[:, None] + offsets
+        call = dict(self._call, input_ids=tokens)
+        if self.plan.right_aligned:
+            call["attention_mask"] = self.plan.key_mask(lengths)
+        else:
+            masks = {
+                kind: window_mask(positions, self.plan.view, kind, size, self.mask_dtype)
+                for kind, size in self.traits.mask_kinds.items()
+            }
+            call["attention_mask"] = masks if self.traits.mask_dict else next(iter(masks.values()))
+        if self.traits.takes_positions:
+            if self.position_limit is not None:
+                positions = positions.clamp(max=self.position_limit - 1)
+            call["position_ids"] = positions
+        return self.model(**call).logits
+
+
+def choose_layout(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
+    """The first layout in which `model` decodes rightly; found once per model and kept.
+
+    A short ragged batch is decoded in each layout, with wrong guesses in it and a rewind over
+    them, and compared with the model's forward without a cache. A model that agrees in none would
+    be decoded wrongly without a word, so it is refused.
+
+    Args:
+        input_ids: [P] tokens of a real prompt, to probe with.
+
+    Raises:
+        UnsupportedModelError: if no layout gives the model's own logits.
+    """
+    known = _chosen.setdefault(model, {})
+    implementation = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    key = (implementation, model.dtype)
+    if key not in known:
+        known[key] = _probe(model, traits, input_ids)
+    return known[key]
+
+
+def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
+    # far above rounding, far below what a wrong mask or position does to the logits
+    bound = 1e-2 if model.dtype == torch.float32 else 0.1
+    tokens = input_ids[torch.arange(8, device=input_ids.device) % input_ids.shape[0]]
+    rows = [tokens, tokens.flip(0)[:6]]
+    expected = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+    findings = []
+    for layout in _LAYOUTS:
+        if traits.prefer_right_aligned and not layout.right_aligned:
+            continue
+        try:
+            with layout.applied(model):
+                error = _probe_error(model, traits, rows, expected, layout)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as failure:
+            findings.append(f"{layout}: {type(failure).__name__}: {failure}")
+            continue
+        if error < bound:
+            return layout
+        findings.append(f"{layout}: logits differ by {error:.2g} (relative)")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} does not give the logits of its plain forward from a KV cache "
+        f"driven by masks and positions ({'; '.join(findings)})"
+    )
+
+
+def _probe_error(
+    model: Any,
+    traits: ModelTraits,
+    rows: list[torch.Tensor],
+    expected: list[torch.Tensor],
+    layout: Layout,
+) -> float:
+    """Largest relative error (2-norm over the vocabulary) of any probed token.
+
+    Args:
+        rows: token ids, [8] and [6].
+        expected: their logits [8, V] and [6, V] from the plain forward.
+    """
+    width, device = 3, rows[0].device
+    lengths = torch.tensor([len(row) - width - 1 for row in rows], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    block = BlockForward(
+        model,
+        traits,
+        batch=2,
+        slots=8 + width,
+        device=device,
+        position_limit=None,
+        layout=layout,
+    )
+    block.prefill(padded[:, : int(lengths.max())], lengths)
+    # wrong guesses first, so that the rewind over them is probed too
+    window = _columns(padded, lengths, width)
+    wrong = torch.cat([window[:, :1], window[:, :1].expand(2, width - 1)], dim=1)
+    block.window(wrong, lengths, lengths.tolist())
+    errors = []
+    for _ in range(2):
+        logits = block.window(_columns(padded, lengths, width), lengths, lengths.tolist()).float()
+        for found, wanted, start in zip(logits, expected, lengths.tolist(), strict=True):
+            wanted = wanted[start : start + width]
+            errors.append((found - wanted).norm(dim=-1) / wanted.norm(dim=-1))
+        lengths = lengths + 1
+    if block.cache.untouched_layers() or not len(block.cache):
+        raise RuntimeError("some layers keep their state outside the cache they were given")
+    # nan where the cache leaks garbage: no layout may pass for it
+    return float(torch.cat(errors).nan_to_num(nan=float("inf")).max())
+
+
+def _columns(padded: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
+    return padded.gather(1, starts[:, None] + torch.arange(width, device=padded.device))

@@ -1,0 +1,239 @@
+"""The decoding loop: forward, predict, step, one readback; until every row is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import cllm_kernels
+
+from ..trajectory import Iteration, Trajectory
+from .config import JacobiConfig
+from .forward import BlockForward
+from .processors import processed_argmax
+from .stopping import StopRules
+
+
+@dataclass
+class WindowState:
+    """All that a row is, on the device and of fixed shape, so that a graph can carry it.
+
+    Attributes:
+        sequences: [B, L] padded prompts, then committed tokens, then padding.
+        window: [B, n] what the next forward is fed.
+        lengths: [B] tokens in the KV cache.
+        generated: [B] filled tokens of `sequences`, the padded prompt included.
+        progress: [B] predictions of the current block that are committed already (block mode).
+        done: [B] bool.
+        limits: [B] most tokens of `sequences` a row may fill.
+        stop_ids: [S] token ids that end a row.
+        fill: [B, L + n] guess for every position of `sequences`, or None: repeat the last.
+    """
+
+    sequences: torch.Tensor
+    window: torch.Tensor
+    lengths: torch.Tensor
+    generated: torch.Tensor
+    progress: torch.Tensor
+    done: torch.Tensor
+    limits: torch.Tensor
+    stop_ids: torch.Tensor
+    fill: torch.Tensor | None
+
+    @classmethod
+    def start(
+        cls,
+        prompts: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        sequences: torch.Tensor,
+        prompt_width: int,
+        fill: torch.Tensor | None,
+        stop_ids: list[int],
+        block_size: int,
+    ) -> WindowState:
+        """The state before the first forward: the window begins with the prompt's last token.
+
+        Args:
+            prompts: [B, P] right-padded, `prompt_lengths` [B].
+            sequences: [B, L] with the (left-padded) prompts in its first `prompt_width` columns.
+        """
+        batch, device = prompts.shape[0], prompts.device
+        last = prompts.gather(1, prompt_lengths[:, None] - 1)
+        if fill is None:
+            guesses = last.expand(batch, block_size - 1)
+        else:
+            guesses = fill[:, prompt_width : prompt_width + block_size - 1]
+        zeros = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(
+            sequences=sequences,
+            window=torch.cat([last, guesses], dim=1).contiguous(),
+            lengths=prompt_lengths - 1,
+            generated=zeros + prompt_width,
+            progress=zeros.clone(),
+            done=zeros.bool(),
+            limits=zeros + sequences.shape[1],
+            stop_ids=torch.tensor(stop_ids, dtype=torch.long, device=device),
+            fill=fill,
+        )
+
+    def step(self, predictions: torch.Tensor, config: JacobiConfig) -> torch.Tensor:
+        """Commit what `predictions` [B, n] makes final; returns accepted [B]."""
+        return cllm_kernels.jacobi_step(
+            self.window,
+            predictions,
+            self.sequences,
+            self.lengths,
+            self.generated,
+            self.progress,
+            self.done,
+            self.limits,
+            self.stop_ids,
+            self.fill,
+            mode=config.mode,
+            accept=config.accept,
+        )
+
+
+class HostRow:
+    """What the host knows of one row after the latest readback."""
+
+    def __init__(self, generated: int, length: int):
+        self.generated = generated
+        self.length = length
+        self.progress = 0
+        self.done = False
+        self.iterations = 0
+        self.records: list[Iteration] = []
+
+
+class DecodingLoop:
+    """Runs the iterations of one call.
+
+    Args:
+        forward: the prefilled block forward.
+        state: the rows.
+        prompt_width: P, columns of `state.sequences` that hold the (padded) prompts.
+        processors: logits processors, empty for a plain argmax.
+        streamer: told of accepted tokens as they come (batch of 1).
+    """
+
+    def __init__(
+        self,
+        forward: BlockForward,
+        state: WindowState,
+        config: JacobiConfig,
+        rules: StopRules,
+        *,
+        prompt_width: int,
+        processors: Any = (),
+        streamer: Any = None,
+    ):
+        self.forward = forward
+        self.state = state
+        self.config = config
+        self.rules = rules
+        self.prompt_width = prompt_width
+        self.processors = processors
+        self.streamer = streamer
+        self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
+        self.forwards = 0
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Iterate until every row is done, time is up or `max_iterations` are spent."""
+        started = time.perf_counter()
+        while not all(row.done for row in self.rows):
+            if self.forwards == self.config.max_iterations:
+                break
+            self._iterate()
+            if self.rules.per_iteration and self.rules.out_of_time(self.state.sequences):
+                break
+        self.seconds = time.perf_counter() - started
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _iterate(self) -> None:
+        state, config = self.state, self.config
+        host_lengths = [row.length for row in self.rows]
+        logits = self.forward.window(state.window, state.lengths, host_lengths)
+        self.forwards += 1
+        if self.processors:
+            starts = [row.generated - row.progress for row in self.rows]
+            predictions = processed_argmax(
+                self.processors, logits, state.window, state.sequences, starts
+            )
+        else:
+            predictions = cllm_kernels.row_argmax(logits)[0]
+        before = state.window.clone() if config.record_trajectories else None
+        state.step(predictions, config)
+        self._read_back(predictions, before)
+
+    def _read_back(self, predictions: torch.Tensor, before: torch.Tensor | None) -> None:
+        """The iteration's one transfer to the host, and what the host has to do with it."""
+        state = self.state
+        columns = [state.generated, state.lengths, state.progress, state.done]
+        status = torch.stack(columns, dim=1)
+        if before is not None:
+            status = torch.cat([status, before, predictions], dim=1)
+        width = predictions.shape[1]
+        for index, values in enumerate(status.tolist()):
+            row = self.rows[index]
+            if row.done:
+                continue
+            generated, length, progress, done = values[:4]
+            kept = self._host_stop(index, row.generated, generated)
+            accepted = generated - row.generated if kept is None else kept
+            row.iterations += 1
+            if before is not None:
+                window, drafted = values[4 : 4 + width], values[4 + width :]
+                row.records.append(self._record(row, window, drafted, accepted))
+            if self.streamer is not None and accepted:
+                start = row.generated
+                self.streamer.put(state.sequences[index, start : start + accepted].cpu())
+            row.generated += accepted
+            row.length, row.progress = length, progress
+            row.done = bool(done) or kept is not None
+
+    def _host_stop(self, index: int, start: int, end: int) -> int | None:
+        if end == start:
+            return None
+        kept = self.rules.first_stop(self.state.sequences[index], start, end)
+        if kept is not None:
+            self.state.done[index] = True
+            self.state.generated[index] = start + kept
+        return kept
+
+    def _record(
+        self, row: HostRow, window: list[int], drafted: list[int], accepted: int
+    ) -> Iteration:
+        exact = row.progress + 1
+        while (
+            self.config.accept == "all"
+            and exact < len(window)
+            and window[exact] == drafted[exact - 1]
+        ):
+            exact += 1
+        return Iteration(
+            position=row.generated - row.progress - self.prompt_width,
+            window=window,
+            predictions=drafted,
+            exact=exact,
+            accepted=accepted,
+        )
+
+    def trajectories(self, prompts: list[list[int]]) -> list[Trajectory]:
+        """One record a row; `prompts` are the rows' prompts without padding."""
+        sequences = self.state.sequences.tolist()
+        return [
+            Trajectory(
+                prompt=prompt,
+                tokens=sequence[self.prompt_width : row.generated],
+                iterations=row.records,
+                block_size=self.config.block_size,
+                mode=self.config.mode,
+            )
+            for row, prompt, sequence in zip(self.rows, prompts, sequences, strict=True)
+        ]

@@ -1,0 +1,36 @@
+"""What `generate` returns when it is asked for more than token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from ..trajectory import Trajectory
+
+
+@dataclass
+class JacobiOutput(ModelOutput):
+    """Result of Jacobi decoding with ``return_dict_in_generate=True``.
+
+    Attributes:
+        sequences: [B, P + T] int64 token ids, the prompt included, padded after each row's end.
+        iterations: [B] int64, the forward passes that each row took part in before it ended.
+        accepted: [B] int64, the tokens that each row generated.
+        forwards: forward passes of the whole call, the prefill apart.
+        tokens_per_forward: tokens that a row gains per forward pass it takes part in, over all
+            rows; every forward counts except the prefill.
+        prefill_seconds: wall-clock seconds of the prefill (on a GPU: until it was launched).
+        decode_seconds: wall-clock seconds of the decoding loop.
+        trajectories: one per row if ``record_trajectories`` was set, else None.
+    """
+
+    sequences: torch.LongTensor | None = None
+    iterations: torch.LongTensor | None = None
+    accepted: torch.LongTensor | None = None
+    forwards: int | None = None
+    tokens_per_forward: float | None = None
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
+    trajectories: list[Trajectory] | None = None

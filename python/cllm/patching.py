@@ -1,0 +1,117 @@
+"""Patch a model instance so that its own ``generate`` decodes by Jacobi iteration.
+
+This is the only place that touches a model: one instance attribute, ``generate``, which hides the
+method of the class and is taken away again.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .decoding.config import JacobiConfig
+from .decoding.generate import run_generate
+from .decoding.support import UnsupportedOptionError, check_model
+
+_HANDLE = "_cllm_handle"
+
+
+class Handle:
+    """A patch on one model instance; `remove` takes it off.
+
+    Attributes:
+        model: the patched model.
+        config: the settings in force.
+    """
+
+    def __init__(self, model: Any, config: JacobiConfig):
+        self.model = model
+        self.config = config
+        self._hidden = model.__dict__.get("generate")
+        self._warned: set[str] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still carries this patch."""
+        return self.model.__dict__.get(_HANDLE) is self
+
+    def remove(self) -> None:
+        """Restore the model's own ``generate``. Removing twice, or a replaced patch, does
+        nothing."""
+        if not self.active:
+            return
+        # past torch.nn.Module.__delattr__, which looks among parameters first
+        del self.model.__dict__[_HANDLE]
+        del self.model.__dict__["generate"]
+        if self._hidden is not None:
+            self.model.__dict__["generate"] = self._hidden
+
+    def warn_once(self, error: UnsupportedOptionError) -> None:
+        if error.option not in self._warned:
+            self._warned.add(error.option)
+            warnings.warn(f"{error}. This call goes to transformers' own generate.", stacklevel=4)
+
+
+def patch(model: Any, config: JacobiConfig | None = None) -> Handle:
+    """Make ``model.generate`` decode by Jacobi iteration.
+
+    Only this instance changes, and only its ``generate``. Calls that Jacobi decoding cannot carry
+    out (sampling, beams, assisted generation, ...) go to transformers' own ``generate`` with one
+    warning per option. Patching a patched model replaces the settings.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: settings; the defaults of `JacobiConfig` if None.
+
+    Returns:
+        A handle; ``handle.remove()`` undoes the patch.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be decoded this way.
+    """
+    check_model(model)
+    previous = model.__dict__.get(_HANDLE)
+    if previous is not None:
+        previous.remove()
+    handle = Handle(model, config or JacobiConfig())
+    # a bound method, so that a deep copy of the model is bound to the copy
+    model.__dict__["generate"] = types.MethodType(_patched_generate, model)
+    model.__dict__[_HANDLE] = handle
+    return handle
+
+
+@contextmanager
+def patched(model: Any, config: JacobiConfig | None = None) -> Iterator[Any]:
+    """`patch` for the length of a ``with`` block; an earlier patch is back in force after it."""
+    previous = model.__dict__.get(_HANDLE)
+    handle = patch(model, config)
+    try:
+        yield model
+    finally:
+        handle.remove()
+        if previous is not None:
+            patch(model, previous.config)
+
+
+def original_generate(model: Any) -> Any:
+    """The ``generate`` that `model` has without our patch."""
+    handle = model.__dict__.get(_HANDLE) if hasattr(model, "__dict__") else None
+    if handle is None:
+        check_model(model)
+        return model.generate
+    if handle._hidden is not None:
+        return handle._hidden
+    return types.MethodType(type(model).generate, model)
+
+
+def _patched_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    handle = model.__dict__[_HANDLE]
+    huggingface_generate = original_generate(model)
+    try:
+        return run_generate(model, huggingface_generate, handle.config, args, kwargs)
+    except UnsupportedOptionError as error:
+        handle.warn_once(error)
+        return huggingface_generate(*args, **kwargs)
