@@ -73,13 +73,22 @@ def patch(model: Any, config: JacobiConfig | None = None) -> Handle:
         UnsupportedModelError: if the model cannot be decoded this way.
     """
     check_model(model)
-    previous = model.__dict__.get(_HANDLE)
-    if previous is not None:
-        previous.remove()
-    handle = Handle(model, config or JacobiConfig())
+    config = config or JacobiConfig()
+    _current_removed(model)
+    return _install(Handle(model, config))
+
+
+def _current_removed(model: Any) -> Handle | None:
+    handle = model.__dict__.get(_HANDLE)
+    if handle is not None:
+        handle.remove()
+    return handle
+
+
+def _install(handle: Handle) -> Handle:
     # a bound method, so that a deep copy of the model is bound to the copy
-    model.__dict__["generate"] = types.MethodType(_patched_generate, model)
-    model.__dict__[_HANDLE] = handle
+    handle.model.__dict__["generate"] = types.MethodType(_patched_generate, handle.model)
+    handle.model.__dict__[_HANDLE] = handle
     return handle
 
 
@@ -87,13 +96,13 @@ def patch(model: Any, config: JacobiConfig | None = None) -> Handle:
 def patched(model: Any, config: JacobiConfig | None = None) -> Iterator[Any]:
     """`patch` for the length of a ``with`` block; an earlier patch is back in force after it."""
     previous = model.__dict__.get(_HANDLE)
-    handle = patch(model, config)
+    patch(model, config)
     try:
         yield model
     finally:
-        handle.remove()
+        _current_removed(model)
         if previous is not None:
-            patch(model, previous.config)
+            _install(previous)
 
 
 def original_generate(model: Any) -> Any:

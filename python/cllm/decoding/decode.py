@@ -142,6 +142,7 @@ def _start(
         settings.fill,
         prompts=prompts,
         prompt_lengths=lengths,
+        prompt_width=width,
         width=limit + settings.block_size,
         seed=settings.seed,
         vocab_size=traits.vocab_size,
