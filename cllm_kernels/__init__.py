@@ -1,0 +1,43 @@
+"""Fused kernels for Jacobi decoding. Knows tensors; knows nothing of any model library.
+
+    jacobi_step(...)      the fixed-point check: accept, commit, stop and shift the window, one launch
+    row_argmax(logits)    argmax over the vocabulary at the speed of memory
+    linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
+
+    backends()            what can run here, and why something cannot
+    use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does so at import
+    build_info()          what was compiled, and why something was not
+
+The automatic choice: CPU tensors use the C++ kernels, CUDA tensors the CUDA C++ kernel where one was
+built and else Triton; where neither is there, the reference in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from cllm_kernels._backend import (
+    BackendError,
+    backends,
+    choose_from_environment,
+    current_backend,
+    use_backend,
+)
+from cllm_kernels._native import build_info
+from cllm_kernels.jacobi_step import jacobi_step
+from cllm_kernels.linear_argmax import linear_argmax
+from cllm_kernels.row_argmax import row_argmax
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "backends",
+    "build_info",
+    "current_backend",
+    "jacobi_step",
+    "linear_argmax",
+    "row_argmax",
+    "use_backend",
+]
+
+choose_from_environment()

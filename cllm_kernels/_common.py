@@ -1,0 +1,49 @@
+"""What the ops share: the eager fast path, argument errors, dtype codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The numbers of enum class Dtype in csrc/ops.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+LIBRARY = torch.library.Library("cllm_kernels", "FRAGMENT")
+
+# Private names of torch that tell whether something watches the calls. Where one of them is gone,
+# every call takes the dispatcher's way: slower by a few microseconds, never wrong.
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
+_transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_tracing: Any = getattr(torch._C, "_get_tracing_state", None)
+_can_tell = None not in (_dispatch_modes, _function_modes, _transforms, _tracing)
+_plain = (Tensor, Parameter)
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether the implementation may be called directly, around torch's dispatcher.
+
+    True for plain tensors on a CPU or CUDA device with no compiler, tracer, mode or functional
+    transform at work. Going through the dispatcher costs more than a small op itself.
+    """
+    if torch.compiler.is_compiling() or not _can_tell:
+        return False
+    if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
+        return False
+    return all(type(tensor) in _plain for tensor in tensors) and tensors[0].device.type in (
+        "cpu",
+        "cuda",
+    )
+
+
+def shape_text(tensor: Tensor) -> str:
+    """A shape for an error message: [16, 49152]."""
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,37 @@
+"""Pieces that the Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Fusing a multiply with an add rounds once instead of twice. Triton's default for it changes between
+# releases, and a score's bits decide ties: it is stated with every launch.
+FUSION = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def better(score, index, best, best_index):
+    """The winner of two (score, index) pairs: NaN over everything, then larger, then lower index."""
+    score_nan = score != score
+    best_nan = best != best
+    above = (score > best) | (score_nan & (best_nan == 0))
+    equal = (score == best) | (score_nan & best_nan)
+    take = above | (equal & (index < best_index))
+    return tl.where(take, score, best), tl.where(take, index, best_index)
+
+
+@triton.jit
+def tile_argmax(scores, columns, valid, NONE: tl.constexpr):
+    """Winner of each row of a tile: scores, columns (index of each element) and valid, all [R, C].
+
+    Returns (value [R], index [R]); a row without valid elements gives (-inf, NONE).
+    """
+    nan = (scores != scores) & valid
+    finite = tl.where(valid & (nan == 0), scores, float("-inf"))
+    largest = tl.max(finite, axis=1)
+    first = tl.min(tl.where(valid & (finite == largest[:, None]), columns, NONE), axis=1)
+    first_nan = tl.min(tl.where(nan, columns, NONE), axis=1)
+    has_nan = first_nan < NONE
+    value = tl.where(has_nan, float("nan"), largest)
+    return value, tl.where(has_nan, first_nan, first)

@@ -1,0 +1,164 @@
+"""linear_argmax in Triton: a tile of scores per program, reduced to one winner per row before it leaves.
+
+A second kernel takes the winners of a row's tiles in order of the vocabulary; no atomics, so the
+result does not depend on which program ends first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cllm_kernels._triton import FUSION, better, tile_argmax
+
+_NONE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def tanh(x):
+    """tanh without a device library. Near 0 its Taylor series: (1 - t) / (1 + t) would cancel."""
+    magnitude = tl.abs(x)
+    t = tl.exp(-2.0 * magnitude)
+    large = (1.0 - t) / (1.0 + t)
+    large = tl.where(x < 0, -large, large)
+    square = x * x
+    series = 62.0 / 2835.0 * square - 17.0 / 315.0
+    series = (series * square + 2.0 / 15.0) * square - 1.0 / 3.0
+    small = x + x * square * series
+    return tl.where(magnitude < 0.25, small, large)
+
+
+@triton.jit
+def linear_argmax_tiles_kernel(
+    hidden_ptr,  # [rows, width], rows hidden_stride apart
+    weight_ptr,  # [vocabulary, width], rows weight_stride apart
+    bias_ptr,  # [vocabulary], unread unless HAS_BIAS
+    value_ptr,  # [rows, tiles] float32, written
+    index_ptr,  # [rows, tiles] int32, written
+    rows,
+    vocabulary,
+    width,
+    hidden_stride,
+    weight_stride,
+    tiles,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # Programs that share a tile of the weight are neighbours, so it is read from memory once.
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(1)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    real_row = row < rows
+    real_column = column < vocabulary
+    hidden_row = hidden_ptr + row.to(tl.int64)[:, None] * hidden_stride
+    weight_row = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
+    scores = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, width, BLOCK_H):
+        feature = start + tl.arange(0, BLOCK_H)
+        real = feature < width
+        hidden = tl.load(
+            hidden_row + feature[None, :], mask=real_row[:, None] & real[None, :], other=0.0
+        )
+        weight = tl.load(
+            weight_row + feature[:, None], mask=real[:, None] & real_column[None, :], other=0.0
+        )
+        # "ieee": fp32 operands are multiplied as they are, not rounded to tf32.
+        scores = tl.dot(hidden, weight, scores, input_precision="ieee")
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)
+        scores = scores + bias[None, :]
+    if HAS_CAP:
+        scores = softcap * tanh(scores / softcap)
+    valid = real_column[None, :] & (row[:, None] >= 0)
+    columns = column[None, :] + tl.zeros((BLOCK_M, BLOCK_V), tl.int32)
+    value, index = tile_argmax(scores, columns, valid, _NONE)
+    place = row.to(tl.int64) * tiles + tile
+    tl.store(value_ptr + place, value, mask=real_row)
+    tl.store(index_ptr + place, index, mask=real_row)
+
+
+@triton.jit
+def linear_argmax_reduce_kernel(
+    tile_value_ptr,  # [rows, tiles] float32
+    tile_index_ptr,  # [rows, tiles] int32
+    index_ptr,  # [rows] int64, written
+    value_ptr,  # [rows] float32, written
+    tiles,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full([1], float("-inf"), tl.float32)
+    best_index = tl.full([1], _NONE, tl.int32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        valid = tile < tiles
+        score = tl.load(tile_value_ptr + row * tiles + tile, mask=valid, other=float("-inf"))
+        column = tl.load(tile_index_ptr + row * tiles + tile, mask=valid, other=_NONE)
+        value, index = tile_argmax(score[None, :], column[None, :], valid[None, :], _NONE)
+        best, best_index = better(value, index, best, best_index)
+    place = row + tl.arange(0, 1)
+    tl.store(index_ptr + place, best_index.to(tl.int64))
+    tl.store(value_ptr + place, best)
+
+
+def tile_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options for this many rows of hidden.
+
+    Decoding has few rows and is bound by reading the weight: wide tiles of it, shallow in rows.
+    fp32 without tensor cores keeps its operands in registers, so its tiles are smaller.
+    """
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if dtype == torch.float32:
+        block_m = min(block_m, 32)
+        return {"BLOCK_M": block_m, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 4, "num_stages": 4}
+
+
+def linear_argmax(
+    hidden: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(index [M] int64, value [M] float32)."""
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    index = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    value = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    if rows == 0:
+        return index, value
+    shape = tile_shape(rows, hidden.dtype)
+    tiles = triton.cdiv(vocabulary, shape["BLOCK_V"])
+    tile_value = torch.empty((rows, tiles), dtype=torch.float32, device=hidden.device)
+    tile_index = torch.empty((rows, tiles), dtype=torch.int32, device=hidden.device)
+    linear_argmax_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), tiles)](
+        hidden,
+        weight,
+        hidden if bias is None else bias,
+        tile_value,
+        tile_index,
+        rows,
+        vocabulary,
+        width,
+        hidden.stride(0),
+        weight.stride(0),
+        tiles,
+        softcap or 0.0,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=softcap is not None,
+        **shape,
+        **FUSION,
+    )
+    linear_argmax_reduce_kernel[(rows,)](
+        tile_value, tile_index, index, value, tiles, BLOCK=256, num_warps=4, **FUSION
+    )
+    return index, value

@@ -1,0 +1,155 @@
+// cllm_kernels._C: plain integers in, kernels out. Pointers arrive as integers (tensor.data_ptr()),
+// and the Python side has checked shapes, types and devices before it calls.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+cllm::JacobiStep jacobi_arguments(uintptr_t window, uintptr_t predictions, uintptr_t output,
+                                  uintptr_t lengths, uintptr_t generated, uintptr_t progress,
+                                  uintptr_t done, uintptr_t limits, uintptr_t stop_ids,
+                                  uintptr_t fill, uintptr_t accepted, int64_t rows, int64_t n,
+                                  int64_t capacity, int64_t stops, int64_t fill_width,
+                                  bool block_mode, bool accept_one) {
+    return {pointer<int64_t>(window),
+            pointer<const int64_t>(predictions),
+            pointer<int64_t>(output),
+            pointer<int64_t>(lengths),
+            pointer<int64_t>(generated),
+            pointer<int64_t>(progress),
+            pointer<bool>(done),
+            pointer<const int64_t>(limits),
+            pointer<const int64_t>(stop_ids),
+            pointer<const int64_t>(fill),
+            pointer<int64_t>(accepted),
+            rows,
+            n,
+            capacity,
+            stops,
+            fill_width,
+            block_mode,
+            accept_one};
+}
+
+int64_t jacobi_step_cpu(uintptr_t window, uintptr_t predictions, uintptr_t output,
+                        uintptr_t lengths, uintptr_t generated, uintptr_t progress, uintptr_t done,
+                        uintptr_t limits, uintptr_t stop_ids, uintptr_t fill, uintptr_t accepted,
+                        int64_t rows, int64_t n, int64_t capacity, int64_t stops,
+                        int64_t fill_width, bool block_mode, bool accept_one, int threads) {
+    const auto step = jacobi_arguments(window, predictions, output, lengths, generated, progress,
+                                       done, limits, stop_ids, fill, accepted, rows, n, capacity,
+                                       stops, fill_width, block_mode, accept_one);
+    py::gil_scoped_release release;
+    return cllm::jacobi_step_cpu(step, threads);
+}
+
+cllm::Rows rows_argument(uintptr_t data, int dtype, int64_t rows, int64_t inner,
+                         int64_t outer_stride, int64_t inner_stride, int64_t columns) {
+    return {pointer<const void>(data),
+            static_cast<cllm::Dtype>(dtype),
+            rows,
+            inner,
+            outer_stride,
+            inner_stride,
+            columns};
+}
+
+void row_argmax_cpu(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride,
+                    int64_t inner_stride, int64_t columns, uintptr_t index, uintptr_t value,
+                    int threads) {
+    const auto table =
+        rows_argument(logits, dtype, rows, inner, outer_stride, inner_stride, columns);
+    py::gil_scoped_release release;
+    cllm::row_argmax_cpu(table, pointer<int64_t>(index), pointer<void>(value), threads);
+}
+
+void running_argmax_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t row_stride,
+                        int64_t columns, uintptr_t bias, float softcap, int64_t first,
+                        uintptr_t index, uintptr_t value, int threads) {
+    const cllm::ScoreChunk chunk{
+        rows_argument(scores, dtype, rows, rows > 0 ? rows : 1, 0, row_stride, columns),
+        pointer<const float>(bias), softcap, first};
+    py::gil_scoped_release release;
+    cllm::running_argmax_cpu(chunk, pointer<int64_t>(index), pointer<float>(value), threads);
+}
+
+void running_argmax_exact_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t row_stride,
+                              int64_t columns, uintptr_t bias, float softcap, int64_t first,
+                              uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
+                              int64_t weight_stride, int64_t width, uintptr_t index,
+                              uintptr_t value, int threads) {
+    const cllm::ScoreChunk chunk{
+        rows_argument(scores, dtype, rows, rows > 0 ? rows : 1, 0, row_stride, columns),
+        pointer<const float>(bias), softcap, first};
+    const cllm::LinearOperands operands{pointer<const void>(hidden), hidden_stride,
+                                        pointer<const void>(weight), weight_stride, width};
+    py::gil_scoped_release release;
+    cllm::running_argmax_exact_cpu(chunk, operands, pointer<int64_t>(index), pointer<float>(value),
+                                   threads);
+}
+
+#ifdef CLLM_WITH_CUDA
+void jacobi_step_cuda(uintptr_t window, uintptr_t predictions, uintptr_t output, uintptr_t lengths,
+                      uintptr_t generated, uintptr_t progress, uintptr_t done, uintptr_t limits,
+                      uintptr_t stop_ids, uintptr_t fill, uintptr_t accepted, int64_t rows,
+                      int64_t n, int64_t capacity, int64_t stops, int64_t fill_width,
+                      bool block_mode, bool accept_one, int device, uintptr_t stream) {
+    const auto step = jacobi_arguments(window, predictions, output, lengths, generated, progress,
+                                       done, limits, stop_ids, fill, accepted, rows, n, capacity,
+                                       stops, fill_width, block_mode, accept_one);
+    const char* failure = nullptr;
+    {
+        py::gil_scoped_release release;
+        failure = cllm::jacobi_step_cuda(step, device, pointer<void>(stream));
+    }
+    if (failure != nullptr) {
+        throw std::runtime_error(std::string("jacobi_step: the CUDA launch failed: ") + failure);
+    }
+}
+#endif
+
+const char* isa_name() {
+    switch (cllm::cpu_isa()) {
+        case cllm::Isa::kAvx512:
+            return "avx512";
+        case cllm::Isa::kAvx2:
+            return "avx2";
+        default:
+            return "scalar";
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Native kernels of cllm_kernels; addresses and sizes in, no tensors.";
+    module.def("jacobi_step_cpu", &jacobi_step_cpu);
+    module.def("row_argmax_cpu", &row_argmax_cpu);
+    module.def("running_argmax_cpu", &running_argmax_cpu);
+    module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
+    module.def("isa", &isa_name);
+#ifdef _OPENMP
+    module.def("openmp_threads", [] { return omp_get_max_threads(); });
+#else
+    module.def("openmp_threads", [] { return 1; });
+#endif
+#ifdef CLLM_WITH_CUDA
+    module.def("jacobi_step_cuda", &jacobi_step_cuda);
+#endif
+}

@@ -1,0 +1,134 @@
+// Any CPU: short arrays that the compiler turns into whatever vectors the baseline offers.
+#include "argmax.h"
+
+namespace cllm {
+namespace {
+
+inline float widen_bf16(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+inline float f16_to_float(uint16_t bits);
+
+struct Simd {
+    static constexpr int64_t kWidth = 8;
+    static constexpr int64_t kKeyWidth = 16;
+    struct Vec {
+        float lane[kWidth];
+    };
+    using Nan = uint32_t;
+    struct Keys {
+        int16_t lane[kKeyWidth];
+    };
+
+    template <typename F>
+    static Vec each(F f) {
+        Vec out;
+        for (int64_t i = 0; i < kWidth; ++i) out.lane[i] = f(i);
+        return out;
+    }
+    template <typename F>
+    static uint32_t bits(F f) {
+        uint32_t out = 0;
+        for (int64_t i = 0; i < kWidth; ++i) out |= uint32_t(f(i)) << i;
+        return out;
+    }
+    static Vec load(const float* data) {
+        return each([&](int64_t i) { return data[i]; });
+    }
+    static Vec load_bf16(const uint16_t* data) {
+        return each([&](int64_t i) { return widen_bf16(data[i]); });
+    }
+    static Vec load_f16(const uint16_t* data) {
+        return each([&](int64_t i) { return f16_to_float(data[i]); });
+    }
+    static Vec fill(float value) {
+        return each([&](int64_t) { return value; });
+    }
+    static Vec add(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+    }
+    static Vec max(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
+        return each([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static float reduce_max(const Vec& a) {
+        float best = a.lane[0];
+        for (float value : a.lane) best = value > best ? value : best;
+        return best;
+    }
+    static float reduce_add(const Vec& a) {
+        float sum = 0.0f;
+        for (float value : a.lane) sum += value;
+        return sum;
+    }
+    static Nan no_nan() { return 0; }
+    static Nan note_nan(Nan seen, const Vec& a, const Vec& b) {
+        uint32_t found = 0;
+        for (int64_t i = 0; i < kWidth; ++i) {
+            found |= uint32_t(a.lane[i] != a.lane[i]) | uint32_t(b.lane[i] != b.lane[i]);
+        }
+        return seen | found;
+    }
+    static bool any_nan(Nan seen) { return seen != 0; }
+    static uint32_t nan_bits(const Vec& a) {
+        return bits([&](int64_t i) { return a.lane[i] != a.lane[i]; });
+    }
+    static uint32_t at_least_bits(const Vec& a, float threshold) {
+        return bits([&](int64_t i) { return a.lane[i] >= threshold; });
+    }
+
+    static Keys load_keys(const uint16_t* data) {
+        Keys out;
+        for (int64_t i = 0; i < kKeyWidth; ++i) {
+            const int16_t bits = static_cast<int16_t>(data[i]);
+            out.lane[i] = static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+        }
+        return out;
+    }
+    static Keys fill_keys(int16_t key) {
+        Keys out;
+        for (int16_t& lane : out.lane) lane = key;
+        return out;
+    }
+    static Keys max_keys(Keys a, const Keys& b) {
+        for (int64_t i = 0; i < kKeyWidth; ++i) {
+            a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+        }
+        return a;
+    }
+    static Keys min_keys(Keys a, const Keys& b) {
+        for (int64_t i = 0; i < kKeyWidth; ++i) {
+            a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+        }
+        return a;
+    }
+    static int16_t reduce_max_keys(const Keys& a) {
+        int16_t best = a.lane[0];
+        for (int16_t key : a.lane) best = key > best ? key : best;
+        return best;
+    }
+    static int16_t reduce_min_keys(const Keys& a) {
+        int16_t best = a.lane[0];
+        for (int16_t key : a.lane) best = key < best ? key : best;
+        return best;
+    }
+    static bool equals_any(const uint16_t* data, uint16_t pattern) {
+        bool found = false;
+        for (int64_t i = 0; i < kKeyWidth; ++i) found |= data[i] == pattern;
+        return found;
+    }
+};
+
+#include "argmax_body.h"
+
+}  // namespace
+
+const ArgmaxKernels kArgmaxScalar{span, largest, first_at_least, dot};
+
+}  // namespace cllm

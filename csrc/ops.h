@@ -1,0 +1,89 @@
+// The border between Python and the kernels: pointers, sizes, strides and thread counts, no tensor
+// type.
+#pragma once
+
+#include <cstdint>
+
+namespace cllm {
+
+// Element types as they cross the border; the numbers are those of cllm_kernels/_common.py.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The best instruction set of this CPU, lowered by CLLM_KERNELS_ISA (scalar, avx2, avx512).
+Isa cpu_isa();
+
+struct JacobiStep {
+    int64_t* window;             // [rows, n], mutated
+    const int64_t* predictions;  // [rows, n]
+    int64_t* output;             // [rows, capacity], mutated
+    int64_t* lengths;            // [rows], mutated
+    int64_t* generated;          // [rows], mutated
+    int64_t* progress;           // [rows], mutated
+    bool* done;                  // [rows], mutated
+    const int64_t* limits;       // [rows]
+    const int64_t* stop_ids;     // [stops]
+    const int64_t* fill;         // [rows, fill_width], or null
+    int64_t* accepted;           // [rows], written
+    int64_t rows;
+    int64_t n;
+    int64_t capacity;
+    int64_t stops;
+    int64_t fill_width;
+    bool block_mode;  // false: sliding
+    bool accept_one;  // false: all
+};
+
+// Returns -1, or the first row whose state lies outside its bounds; nothing is changed then.
+int64_t jacobi_step_cpu(const JacobiStep& step, int threads);
+
+// Rows are addressed by two strides, so that a slice such as logits[:, -n:, :] needs no copy:
+// row r begins at (r / inner) * outer_stride + (r % inner) * inner_stride, in elements.
+struct Rows {
+    const void* data;  // [rows / inner, inner, columns], last dimension contiguous
+    Dtype dtype;
+    int64_t rows;
+    int64_t inner;
+    int64_t outer_stride;
+    int64_t inner_stride;
+    int64_t columns;
+};
+
+// index [rows], value [rows] of the same type as the rows.
+void row_argmax_cpu(const Rows& logits, int64_t* index, void* value, int threads);
+
+// One chunk of the vocabulary for linear_argmax: scores [rows, columns] are the columns
+// first .. first + columns - 1 of hidden @ weight.T. index [rows] and value [rows] hold the best of
+// the earlier chunks (index < 0: none yet) and are updated. bias [columns] may be null; softcap 0
+// means none.
+struct ScoreChunk {
+    Rows scores;
+    const float* bias;  // [columns] of this chunk, or null
+    float softcap;
+    int64_t first;
+};
+
+void running_argmax_cpu(const ScoreChunk& chunk, int64_t* index, float* value, int threads);
+
+// The same for scores that were rounded to 16 bits: every column that rounding may have put level
+// with the best is computed again in fp32 from hidden [rows, width] and weight [columns, width]
+// (rows of this chunk, both of the scores' type), and the best of those counts.
+struct LinearOperands {
+    const void* hidden;  // [rows, width]
+    int64_t hidden_stride;
+    const void* weight;  // [columns, width], of this chunk
+    int64_t weight_stride;
+    int64_t width;
+};
+
+void running_argmax_exact_cpu(const ScoreChunk& chunk, const LinearOperands& operands,
+                              int64_t* index, float* value, int threads);
+
+#ifdef CLLM_WITH_CUDA
+// Launches one kernel on the stream and returns at once: nullptr, or CUDA's name of what went
+// wrong.
+const char* jacobi_step_cuda(const JacobiStep& step, int device, void* stream);
+#endif
+
+}  // namespace cllm
