@@ -5,7 +5,7 @@ _C and runs on its reference backend; with no nvcc it has no CUDA kernels. What 
 something was not, goes into cllm_kernels/_build_info.json (`cllm_kernels.build_info()` reads it).
 
 Environment:
-  CLLM_KERNELS_FORCE_BUILD=1  any failure to build what this machine should be able to build is an error
+  CLLM_KERNELS_FORCE_BUILD=1  any failure to build is an error (a missing nvcc is none)
   CLLM_KERNELS_SKIP_CUDA=1    leave the CUDA kernels out even where nvcc is found
   CC, CXX, CFLAGS, CXXFLAGS   as for any setuptools build;  CUDA_HOME: where the CUDA toolkit lies
 """
@@ -86,7 +86,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_library_folder(nvcc: str) -> Path:
-    """Where libcudart_static.a lies. nvcc itself knows its toolkit, even behind a wrapper script."""
+    """Where libcudart_static.a lies; nvcc itself knows its toolkit, even behind a wrapper."""
     shown = subprocess.run(
         [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull],
         capture_output=True,
@@ -254,11 +254,9 @@ class BuildNative(build_ext):
     def _compile_cuda(self, source: Path, cuda: dict) -> Path:
         target = self._temp / (source.stem + ".cuda.o")
         host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-        run(
-            [cuda["nvcc"], "-c", "-O3", "-std=c++17", "--threads", "2", *host, *cuda["flags"]]
-            + ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
-            + [str(source), "-o", str(target)]
-        )
+        command = [cuda["nvcc"], "-c", "-O3", "-std=c++17", "--threads", "2", *host, *cuda["flags"]]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+        run([*command, str(source), "-o", str(target)])
         return target
 
     def _link(self, ext: Extension, objects: list[Path], openmp: bool, cuda: dict | None) -> None:

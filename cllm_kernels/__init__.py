@@ -1,15 +1,15 @@
 """Fused kernels for Jacobi decoding. Knows tensors; knows nothing of any model library.
 
-    jacobi_step(...)      the fixed-point check: accept, commit, stop and shift the window, one launch
+    jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
     linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
 
     backends()            what can run here, and why something cannot
-    use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does so at import
+    use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
     build_info()          what was compiled, and why something was not
 
-The automatic choice: CPU tensors use the C++ kernels, CUDA tensors the CUDA C++ kernel where one was
-built and else Triton; where neither is there, the reference in plain PyTorch.
+The automatic choice: CPU tensors use the C++ kernels, CUDA tensors the CUDA C++ kernel where one
+was built and else Triton; where neither is there, the reference in plain PyTorch.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class use_backend:
 
 
 def choose_from_environment() -> None:
-    """Takes the choice of CLLM_KERNELS_BACKEND, if set. Raises BackendError for one it cannot have."""
+    """Takes the choice of CLLM_KERNELS_BACKEND, if set. BackendError if it cannot be had."""
     name = os.environ.get("CLLM_KERNELS_BACKEND", "").strip()
     if name:
         global _choice
@@ -186,8 +186,8 @@ def current_backend() -> str:
 def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     """What can run: {op: {device type: {backend: None, or why it cannot}}}.
 
-    Under the key "auto" stands the name of the backend that the automatic choice takes. Device "cuda"
-    is judged by what is built and installed; whether there is a device is the first thing it says.
+    Under the key "auto" stands the name of the backend that the automatic choice takes, None where
+    torch finds no such device.
     """
     report: dict[str, dict[str, dict[str, str | None]]] = {}
     for op in _ops.values():

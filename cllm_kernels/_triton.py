@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fusing a multiply with an add rounds once instead of twice. Triton's default for it changes between
-# releases, and a score's bits decide ties: it is stated with every launch.
+# Fusing a multiply with an add rounds once instead of twice. Triton's default for it changes
+# between releases, and a score's bits decide ties: it is stated with every launch.
 FUSION = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def better(score, index, best, best_index):
-    """The winner of two (score, index) pairs: NaN over everything, then larger, then lower index."""
+    """The winner of two (score, index): NaN over everything, then larger, then lower index."""
     score_nan = score != score
     best_nan = best != best
     above = (score > best) | (score_nan & (best_nan == 0))

@@ -82,8 +82,8 @@ def jacobi_step(
         stop_ids: [S], S may be 0: tokens that end a row once committed.
         fill: [B, F] or None: the guess for each absolute output position, F at least the largest
             limit plus n (reads beyond F - 1 repeat the last column). None: p[n-1] is repeated.
-        mode: "sliding" (the window moves on by what was accepted) or "block" (one window is iterated
-            to its fixed point, then the next begins).
+        mode: "sliding" (the window moves on by what was accepted) or "block" (one window is
+            iterated to its fixed point, then the next begins).
         accept: "all", or "one" (commit one token per step, whatever else is exact).
 
     Returns:
@@ -179,8 +179,8 @@ def _check(
             raise ValueError(f"jacobi_step: {name} must be contiguous; pass {name}.contiguous()")
     if fill is not None and fill.shape[1] < n:
         raise ValueError(
-            f"jacobi_step: fill must have at least limits.max() + n columns, but {shape_text(fill)} "
-            f"has fewer than n = {n}"
+            f"jacobi_step: fill must have at least limits.max() + n columns, but "
+            f"{shape_text(fill)} has fewer than n = {n}"
         )
 
 

@@ -26,8 +26,8 @@ def jacobi_step(
     last = predictions[:, -1:]  # [B, 1]
     m = progress[:, None]  # [B, 1]
 
-    # 1. A guess w[i] is confirmed if it is what the forward predicted for its place, p[i-1]. Guesses
-    #    up to m were committed before. k counts the leading run, and p[0], which is always right.
+    # 1. A guess w[i] is confirmed if it is what the forward predicted for its place, p[i-1].
+    #    Guesses up to m were committed before. k counts the leading run, and p[0], always right.
     confirmed = (window[:, 1:] == predictions[:, :-1]) | (slot[1:] <= m)  # [B, n-1]
     k = 1 + confirmed.long().cumprod(dim=1).sum(dim=1, keepdim=True)  # [B, 1]
     if accept == "one":

@@ -57,16 +57,16 @@ def jacobi_step_kernel(
     first_stop = tl.min(tl.where(is_stop & (i >= m) & (i < m + count), i, n), axis=0).to(tl.int64)
     finished = finished | (first_stop < n)
     count = tl.where(first_stop < n, first_stop - m + 1, count)
-    count = tl.where(active, count, 0)
+    count = tl.where(active, count, 0)  # an idle row commits nothing and keeps its window
     total = generated + count
 
     tl.store(
         output_ptr + row * capacity + generated + i - m,
         p,
-        mask=active & (i >= m) & (i < m + count) & real,
+        mask=(i >= m) & (i < m + count),
     )
 
-    # Every lane of the new window is made of predictions and fill, so nothing read here is rewritten.
+    # The new window is made of predictions and fill alone: nothing read here is rewritten.
     source = k - 1 + i
     shifted = tl.load(p_row + source, mask=source < n, other=0)
     if HAS_FILL:
@@ -89,7 +89,7 @@ def jacobi_step_kernel(
     next_progress = tl.where(finished, 0, next_progress)
     cached = tl.where(finished, m + count, cached)
 
-    tl.store(w_row + i, following, mask=real & active)
+    tl.store(w_row + i, following, mask=i < tl.where(active, n, 0))
     length = tl.load(lengths_ptr + row)
     # All of the row's state has been read before any of it is written.
     tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""linear_argmax: the language-model head and its argmax in one op; the logits are never held whole."""
+"""linear_argmax: the language-model head and its argmax in one op, the logits never held whole."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def linear_argmax(
         hidden: [M, H] float32, bfloat16 or float16; M may be 0.
         weight: [V, H] of the same dtype and device, V >= 1.
         bias: [V] float32 or of hidden's dtype, or None.
-        softcap: a positive number, or None for no soft-capping (Gemma 2, Team Gemma 2024, section 2).
+        softcap: a positive number, or None for no soft-capping (Gemma 2, Gemma Team 2024, sec. 2).
 
     Returns:
         (index [M] int64, value [M] float32). No gradient flows through either.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a soft-cap that is not positive and finite.
+        ValueError: shapes or devices that do not fit, a soft-cap that is not positive and finite.
         TypeError: a wrong dtype. BackendError: see `use_backend`.
     """
     _check(hidden, weight, bias, softcap)

@@ -3,9 +3,9 @@
 A chunk's scores stay in cache between the two. What the scores are depends on the dtype:
 
 - float32: the matmul's own output.
-- bfloat16 and float16, where torch's matmul is fast in that dtype (oneDNN with the instructions for
-  it): it accumulates in fp32 but rounds its output to 16 bits, and rounding ties tokens that differ.
-  Rounding is monotone, so the true winner is among the tied: those few are computed again in fp32.
+- bfloat16 and float16, where torch's matmul is fast in that dtype (oneDNN with the instructions
+  for it): it accumulates in fp32 but rounds its output to 16 bits, and rounding ties tokens that
+  differ. Rounding is monotone, so the winner is among the tied: those are computed again in fp32.
 - bfloat16 and float16 elsewhere: each chunk of the weight is widened to fp32 and multiplied there.
 """
 
@@ -22,8 +22,8 @@ from cllm_kernels._native import native_module
 _C = native_module()
 
 # Rows of the weight per matmul, by a fixed count: at 16 rows of hidden a chunk's scores take 128 to
-# 256 KiB, within any L2. torch's fp32 matmul with few rows is also faster in pieces of this size than
-# over the whole vocabulary (14 against 21 ms at [16, 576] x [49152, 576] on two AVX-512 cores).
+# 256 KiB, within any L2. torch's fp32 matmul with few rows is also faster in pieces of this size
+# than over the whole vocabulary (14 against 21 ms at [16, 576] x [49152, 576], two AVX-512 cores).
 _CHUNK = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
 _ROWS = 512  # of hidden at a time, so that the scores stay small for long inputs too
 

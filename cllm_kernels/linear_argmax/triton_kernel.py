@@ -1,4 +1,4 @@
-"""linear_argmax in Triton: a tile of scores per program, reduced to one winner per row before it leaves.
+"""linear_argmax in Triton: a tile of scores per program, reduced to one winner per row in place.
 
 A second kernel takes the winners of a row's tiles in order of the vocabulary; no atomics, so the
 result does not depend on which program ends first.

@@ -45,8 +45,8 @@ def row_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     first NaN wins, as in torch.argmax. A row of -inf gives index 0.
 
     Args:
-        logits: [..., V] float32, bfloat16 or float16, V >= 1, last dimension contiguous; rows may be
-            strided, so a slice logits[:, -n:, :] is read in place.
+        logits: [..., V] float32, bfloat16 or float16, V >= 1, last dimension contiguous; rows may
+            be strided, so a slice logits[:, -n:, :] is read in place.
 
     Returns:
         (index [...] int64, value [...] of the dtype of logits). No gradient flows through either.

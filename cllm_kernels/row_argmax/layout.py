@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RowLayout(NamedTuple):
-    """Row r of `logits` begins at (r // inner) * outer_stride + (r % inner) * inner_stride elements."""
+    """Row r of `logits` begins (r // inner) * outer_stride + (r % inner) * inner_stride in."""
 
     logits: Tensor
     rows: int
