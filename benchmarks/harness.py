@@ -1,0 +1,69 @@
+"""What every benchmark shares: provenance, statistics and the record on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where and with what a record was made."""
+    import transformers
+
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    else:
+        name = _cpu_name()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    ordered = sorted(values)
+    if len(ordered) < 2:
+        return {"median": ordered[0], "low": ordered[0], "high": ordered[0]}
+    low, median, high = statistics.quantiles(ordered, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def write_record(record: dict[str, Any], folder: str, name: str) -> Path:
+    """Write ``results/<folder>/<name>.json`` and return its path."""
+    path = RESULTS / folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
