@@ -20,7 +20,7 @@ class Style:
 
 FIXED = Style("#1d4ed8", "#ffffff", "fixed")
 RIGHT = Style("#bfdbfe", "#1e3a8a", "right, not known yet")
-WRONG = Style("#dc2626", "#ffffff", "not yet right")
+WRONG = Style("#f87171", "#450a0a", "not yet right")
 
 STYLES: dict[str, Style] = {"fixed": FIXED, "right": RIGHT, "wrong": WRONG}
 

@@ -44,7 +44,7 @@ class _Marks:
         return {"fixed": self.fixed, "right": self.right, "wrong": self.wrong}[cell.state]
 
 
-_UNICODE = _Marks(" ", "=", "×", "»", "•", "…", "│")
+_UNICODE = _Marks(" ", "=", "\u00d7", "»", "•", "…", "│")
 _ASCII = _Marks(" ", "=", "x", ">", "o", "~", "|")
 
 
@@ -101,8 +101,8 @@ class TerminalGrid:
         yield from self._lines(width, marks, options.ascii_only)
 
     def _lines(self, width: int, marks: _Marks, ascii_only: bool) -> Iterator[Text]:
-        yield self._summary()
-        yield _legend(marks)
+        yield from self._summary()
+        yield from _legend(width, marks)
         gutter = len(str(self.grid.totals.iterations)) + 1
         rows_left, column, last = self.max_rows, self.first, -1
         while column < self.grid.columns and rows_left > 0:
@@ -120,21 +120,23 @@ class TerminalGrid:
         if column < self.grid.columns:
             yield self._rest(column, last, marks)
 
-    def _summary(self) -> Text:
+    def _summary(self) -> Iterator[Text]:
         totals = self.grid.totals
-        return Text.assemble(
+        yield Text.assemble(
             (f"{totals.tokens} tokens in {totals.iterations} iterations", "bold"),
-            f", {totals.tokens_per_forward:.2f} per forward; "
+            f": {totals.tokens_per_forward:.2f} tokens per forward",
+        )
+        yield Text(
             f"{totals.fast_forwarded} fast-forwarded, {totals.stationary} stationary; "
-            f"{totals.mode} mode, block size {totals.block_size}",
+            f"{totals.mode} mode, block size {totals.block_size}"
         )
 
     def _rest(self, column: int, last: int, marks: _Marks) -> Text:
         tokens = self.grid.columns - column
         iterations = self.grid.totals.iterations - max(last, 0)
         return Text(
-            f"{marks.ellipsis} cut here: {_count(tokens, 'column')} "
-            f"and {_count(iterations, 'iteration')} not or not wholly shown",
+            f"{marks.ellipsis} cut here, {_count(tokens, 'token')} "
+            f"and {_count(iterations, 'iteration')} before the end",
             style="dim",
         )
 
@@ -203,8 +205,8 @@ def _cut(line: Text, width: int) -> Text:
     return line
 
 
-def _legend(marks: _Marks) -> Text:
-    line = Text()
+def _legend(width: int, marks: _Marks) -> Iterator[Text]:
+    """The marks and what they mean, broken between entries."""
     entries = [
         (marks.fixed, "fixed", STYLES["fixed"].meaning),
         (marks.fast_forwarded, "fixed", FAST_FORWARDED_MEANING),
@@ -212,10 +214,17 @@ def _legend(marks: _Marks) -> Text:
         (marks.stationary, "right", STATIONARY_MEANING),
         (marks.wrong, "wrong", STYLES["wrong"].meaning),
     ]
+    line = Text(end="")
     for mark, state, meaning in entries:
         look = STYLES[state]
         ink = FAST_FORWARDED if mark == marks.fast_forwarded else look.ink
-        line.append(f" {mark} ", style=Style(color=ink, bgcolor=look.fill, bold=True))
-        line.append(f" {meaning}   ")
-    line.rstrip()
-    return line
+        entry = Text.assemble(
+            (f" {mark} ", Style(color=ink, bgcolor=look.fill, bold=True)), f" {meaning}"
+        )
+        if line and line.cell_len + 3 + entry.cell_len > width:
+            yield _cut(line, width)
+            line = Text(end="")
+        if line:
+            line.append("   ")
+        line.append_text(entry)
+    yield _cut(line, width)

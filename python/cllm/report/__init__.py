@@ -1,0 +1,66 @@
+"""The report of Jacobi decoding: figure 7 of CLLM (arXiv 2403.00835) from recorded trajectories.
+
+One row an iteration, one cell a token: fixed tokens blue, guesses that are not right yet red,
+fast-forwarded and stationary tokens marked and counted. In a terminal, as PNG, and as one HTML
+file that opens from disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import trajectory as trajectory_files
+from ..trajectory import Trajectory
+from .cells import Cell, Grid, ReportError, Row, Totals, build_grid
+from .html import build_grids, render_html, write_html
+from .png import write_png
+from .terminal import TerminalGrid, render_terminal
+
+__all__ = [
+    "Cell",
+    "Grid",
+    "ReportError",
+    "Row",
+    "TerminalGrid",
+    "Totals",
+    "build_grid",
+    "render_html",
+    "render_terminal",
+    "write_html",
+    "write_png",
+    "write_report",
+]
+
+
+def write_report(
+    trajectories: Sequence[Trajectory],
+    folder: str | os.PathLike[str],
+    *,
+    title: str = "Jacobi decoding",
+) -> list[Path]:
+    """Write every form of the report into a folder, which is made where it is missing.
+
+    ``index.html`` shows all trajectories, ``trajectory-001.png`` and so on one each, and
+    ``trajectories.jsonl`` holds the record that `cllm.trajectory.load` reads back.
+
+    Returns:
+        The paths written: the page, the record, then the pictures in order.
+
+    Raises:
+        ReportError: if there are no trajectories, or one has no iterations or tokens; nothing is
+            written then.
+        OSError: if the folder or a file cannot be written.
+    """
+    folder = Path(folder)
+    build_grids(trajectories)
+    digits = max(3, len(str(len(trajectories))))
+    return [
+        write_html(trajectories, folder / "index.html", title=title),
+        trajectory_files.save(folder / "trajectories.jsonl", trajectories),
+        *(
+            write_png(trajectory, folder / f"trajectory-{number:0{digits}}.png")
+            for number, trajectory in enumerate(trajectories, start=1)
+        ),
+    ]

@@ -1,0 +1,156 @@
+"""Trajectories as one self-contained HTML page that opens from disk and asks no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..trajectory import Trajectory
+from . import palette
+from .cells import Cell, Grid, ReportError, build_grid
+from .files import write_atomically
+from .text import encodable, shorten
+
+_LABEL_LENGTH = 72
+
+
+def write_html(
+    trajectories: Sequence[Trajectory],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Jacobi decoding",
+) -> Path:
+    """Write one HTML file that shows the trajectories, with a slider over iterations.
+
+    Style, script and data are inside the file; a content security policy forbids everything else.
+    The fragment ``#trajectory=0&iteration=5`` opens it at one iteration (both counted as in
+    `cllm.report.cells`: the first trajectory is 0, iteration 0 is the initial guess);
+    ``&theme=dark`` or ``light`` overrides the reader's preference. The file appears whole or not
+    at all.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: if there are no trajectories, or one has no iterations or tokens; the message
+            names it.
+        OSError: if the file cannot be written.
+    """
+    page = render_html(build_grids(trajectories), title)
+    return write_atomically(path, page.encode("utf-8"))
+
+
+def build_grids(trajectories: Sequence[Trajectory]) -> list[Grid]:
+    """`build_grid` over several trajectories; an error says which one (counted from 1)."""
+    if not trajectories:
+        raise ReportError("there are no trajectories to report")
+    grids = []
+    for number, trajectory in enumerate(trajectories, start=1):
+        try:
+            grids.append(build_grid(trajectory))
+        except ReportError as error:
+            raise ReportError(f"trajectory {number} of {len(trajectories)}: {error}") from error
+    return grids
+
+
+def render_html(grids: Sequence[Grid], title: str) -> str:
+    """The page as a string; it encodes as UTF-8 whatever the model wrote."""
+    environment = _environment()
+    style = environment.get_template("style.css.j2").render(palette=palette)
+    script = environment.get_template("script.js.j2").render()
+    labels = [_label(number, grid) for number, grid in enumerate(grids, start=1)]
+    page = environment.get_template("page.html.j2").render(
+        title=title,
+        labels=labels,
+        totals=[grid.totals for grid in grids],
+        tokens=sum(grid.totals.tokens for grid in grids),
+        iterations=sum(grid.totals.iterations for grid in grids),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        palette=palette,
+        data=Markup(_embeddable([_record(grid) for grid in grids])),
+    )
+    return encodable(page)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _label(number: int, grid: Grid) -> str:
+    if grid.prompt_text:
+        return shorten(f"{number}. {grid.prompt_text}", _LABEL_LENGTH)
+    return f"{number}. prompt without text"
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _embeddable(value: Any) -> str:
+    """JSON that may stand inside a ``<script>`` element.
+
+    ASCII only, so neither U+2028 nor a lone surrogate reaches the parser; without ``<``, ``>`` and
+    ``&``, so no token can close the element, open a comment or be read as an entity.
+    """
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+_CODES = {"fixed": "f", "right": "r", "wrong": "w"}
+
+
+def _code(cell: Cell) -> str:
+    """One letter a cell; a capital one carries the mark that its state can have."""
+    code = _CODES[cell.state]
+    return code.upper() if cell.fast_forwarded or cell.stationary else code
+
+
+def _record(grid: Grid) -> dict[str, Any]:
+    shown = {cell.token: cell.piece for cell in grid.cells}
+    totals = grid.totals
+    return {
+        "prompt": grid.prompt_text,
+        "totals": {
+            "tokens": totals.tokens,
+            "iterations": totals.iterations,
+            "tokensPerForward": round(totals.tokens_per_forward, 4),
+            "fastForwarded": totals.fast_forwarded,
+            "stationary": totals.stationary,
+            "blockSize": totals.block_size,
+            "mode": totals.mode,
+        },
+        "tokens": grid.tokens,
+        "fixedAt": grid.fixed_at,
+        "shown": {str(token): piece for token, piece in shown.items()},
+        "text": {str(token): grid.pieces.get(token, piece) for token, piece in shown.items()},
+        "rows": [
+            {
+                "position": row.position,
+                "committed": row.committed,
+                "accepted": row.accepted,
+                "tokens": [cell.token for cell in row.cells],
+                "states": "".join(_code(cell) for cell in row.cells),
+            }
+            for row in grid.rows
+        ],
+    }
