@@ -15,7 +15,6 @@ from .. import trajectory as trajectory_files
 from ..trajectory import Trajectory
 from .cells import Cell, Grid, ReportError, Row, Totals, build_grid
 from .html import build_grids, render_html, write_html
-from .png import write_png
 from .terminal import TerminalGrid, render_terminal
 
 __all__ = [
@@ -32,6 +31,22 @@ __all__ = [
     "write_png",
     "write_report",
 ]
+
+
+def write_png(trajectory: Trajectory, path: str | os.PathLike[str]) -> Path:
+    """Draw one trajectory into a PNG file; see `cllm.report.png.write_png`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: if the trajectory has no iterations or tokens.
+        OSError: if the file cannot be written.
+    """
+    # matplotlib is slow to import, and neither the terminal nor the page needs it
+    from . import png
+
+    return png.write_png(trajectory, path)
 
 
 def write_report(

@@ -20,7 +20,7 @@ from .cells import Cell, Grid, ReportError, build_grid
 from .files import write_atomically
 from .text import encodable, shorten
 
-_LABEL_LENGTH = 72
+_LABEL_LENGTH = 110
 
 
 def write_html(

@@ -151,10 +151,10 @@ class TerminalGrid:
                 if (cell := row.at(stop)) is not None
             ]
             widest = max([*pieces, len(str(stop)), _NARROWEST_PIECE])
-            column = min(widest, _WIDEST_PIECE) + 1
+            column = min(widest, _WIDEST_PIECE) + 2  # a mark before it, a gap behind it
             if widths and used + column > room:
                 break
-            widths.append(max(min(column, room), 1))
+            widths.append(max(min(column, room), 2))
             used += widths[-1]
             stop += 1
         return _Band(start, stop, widths, list(self.grid.rows_touching(start, stop)))
@@ -189,13 +189,14 @@ def _grid_line(
             line.append(" " * column)
             continue
         shown = _shown(cell.piece, ascii_only)
-        if cell_len(shown) > column - 1:
-            shown = set_cell_size(shown, max(column - 2, 0)) + marks.ellipsis
+        if cell_len(shown) > column - 2:
+            shown = set_cell_size(shown, max(column - 3, 0)) + marks.ellipsis
         look = STYLES[cell.state]
         base = Style(color=look.ink, bgcolor=look.fill, bold=cell.state == "fixed")
         mark = Style(color=FAST_FORWARDED, bold=True) if cell.fast_forwarded else Style(bold=True)
         line.append(marks.of(cell), style=base + mark)
-        line.append(set_cell_size(shown, column - 1), style=base)
+        line.append(set_cell_size(shown, column - 2), style=base)
+        line.append(" ")
     return _cut(line, width)
 
 
