@@ -1,0 +1,210 @@
+"""What the subcommands share: options, the terminal, errors for people, loading with a spinner."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..decoding import JacobiConfig
+    from ..models import LoadedModel
+
+
+class CommandError(Exception):
+    """Wrong usage or input: one line for the user, exit code 2."""
+
+
+class CommandInterrupted(Exception):
+    """Interrupted by the user, with a line on what was kept; exit code 130."""
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Mode(StrEnum):
+    sliding = "sliding"
+    block = "block"
+
+
+class Fill(StrEnum):
+    prompt = "prompt"
+    last = "last"
+    random = "random"
+    pad = "pad"
+
+
+def _set_debug(value: bool) -> bool:
+    if value:
+        os.environ["CLLM_DEBUG"] = "1"
+    return value
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="Model folder or hub id.  [default: SmolLM2-135M-Instruct]",
+        show_default=False,
+    ),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate for a prompt.")
+]
+BlockSizeOption = Annotated[
+    int, typer.Option("--block-size", min=1, help="n: tokens guessed and checked in one forward.")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Precision of the weights and activations.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda, cuda:N.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random guesses.")]
+ModeOption = Annotated[
+    Mode, typer.Option("--mode", help="sliding window, or the paper's block by block.")
+]
+FillOption = Annotated[
+    Fill, typer.Option("--fill", help="Where a guess comes from when nothing better is known.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads for torch.  [default: torch's choice]"),
+]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", callback=_set_debug, help="Show tracebacks of errors."),
+]
+
+
+def diagnostics() -> Console:
+    """A rich console on standard error, bound to the stream as it is now."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False)
+
+
+def write_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    import json
+
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def decoding_config(
+    block_size: int, mode: Mode, fill: Fill, seed: int, record: bool = False
+) -> JacobiConfig:
+    """The options as a validated `JacobiConfig`."""
+    from ..decoding import JacobiConfig
+
+    return JacobiConfig(
+        block_size=block_size,
+        mode=mode.value,
+        fill=fill.value,
+        seed=seed,
+        record_trajectories=record,
+    )
+
+
+def load(
+    name: str | None, dtype: Dtype, device: str, threads: int | None, console: Console
+) -> LoadedModel:
+    """Load a model with a spinner on `console`; the default model's conversion draws a bar."""
+    with console.status("starting torch and transformers"):
+        import torch
+
+        from .. import default_model
+        from ..models import DTYPES, load_model, pick_device
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        where = pick_device(device)
+        _quieten()
+        if name is None:
+            missing = default_model.damage(default_model.model_folder(), hashes=False)
+    if name is None and missing is not None:
+        # a changed file of the right size is found, and converted again, by load_model
+        with conversion_bar(console, default_model.STAGES) as progress:
+            default_model.ensure_converted(progress)
+    with console.status(f"loading {name or default_model.NAME}"):
+        return load_model(name, dtype=DTYPES[dtype.value], device=where)
+
+
+def _quieten() -> None:
+    """Keep transformers' advice and bars off the screen for the rest of this process."""
+    import warnings
+
+    from transformers.utils import logging
+
+    if os.environ.get("CLLM_DEBUG") != "1":
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def conversion_bar(console: Console, stages: tuple[str, ...]) -> Iterator[Any]:
+    """Draw the default model's one-time conversion; yields its progress callback."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console.print("Converting the default model, once (about half a minute).")
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("step {task.fields[step]} of {task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        redirect_stderr=False,
+        redirect_stdout=False,
+    ) as bar:
+        width = max(len(stage) for stage in stages)
+        task = bar.add_task(stages[0].ljust(width), total=len(stages), step=1)
+
+        def report(stage: int) -> None:
+            done = stage == len(stages)
+            text = "converted" if done else stages[stage]
+            bar.update(
+                task,
+                completed=stage,
+                description=text.ljust(width),
+                step=min(stage + 1, len(stages)),
+            )
+
+        yield report
+
+
+def writable_folder(folder: Path) -> Path:
+    """`folder`, made if it is missing.
+
+    Raises:
+        CommandError: if it is a file or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CommandError(f"{folder} is a file; name a folder") from error
+    except OSError as error:
+        raise CommandError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"the folder {folder} is not writable")
+    return folder
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, or its type where it has none."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

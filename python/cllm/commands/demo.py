@@ -1,0 +1,291 @@
+"""``cllm demo``: one-token decoding and Jacobi decoding side by side, on a real model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import (
+    BlockSizeOption,
+    CommandError,
+    DebugOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    Fill,
+    FillOption,
+    MaxNewTokensOption,
+    Mode,
+    ModelOption,
+    ModeOption,
+    SeedOption,
+    ThreadsOption,
+    decoding_config,
+    diagnostics,
+    load,
+    writable_folder,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from ..models import LoadedModel
+    from ..prompts import Prompt
+    from .measure import PromptResult
+
+DEFAULT_LIMIT = 6
+DEFAULT_REPORT = Path("cllm-demo-report")
+
+
+def demo(
+    model: ModelOption = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="A prompt of your own; may be given several times."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE.jsonl", help='One {"prompt": "..."} a line.'),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help=f"Use the first N prompts.  [default: {DEFAULT_LIMIT} of the 40 that ship with "
+            "the package, all of your own]",
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    block_size: BlockSizeOption = 8,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "auto",
+    mode: ModeOption = Mode.sliding,
+    fill: FillOption = Fill.prompt,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help=f"Folder of the trajectory report.  [default: {DEFAULT_REPORT}; none with --json]",
+            show_default=False,
+        ),
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the view and table.")
+    ] = False,
+    debug: DebugOption = False,
+) -> int:
+    """Decode prompts one token at a time and by Jacobi iteration, and compare."""
+    from ..prompts import Prompt, read_prompts, shipped_prompts
+
+    if prompt and prompts:
+        raise CommandError("give --prompt or --prompts, not both")
+    if report is not None and no_report:
+        raise CommandError("give --report or --no-report, not both")
+    config = decoding_config(block_size, mode, fill, seed)
+    if prompt:
+        chosen = [Prompt(f"prompt {number}", text) for number, text in enumerate(prompt, 1)]
+    elif prompts:
+        chosen = read_prompts(prompts)
+    else:
+        chosen = shipped_prompts()
+        limit = limit or DEFAULT_LIMIT
+    chosen = chosen[:limit]
+    folder = None
+    if not no_report and (report is not None or not as_json):
+        folder = writable_folder(report or DEFAULT_REPORT)
+
+    errors = diagnostics()
+    loaded = load(model, dtype, device, threads, errors)
+    encoded = _encode(loaded, chosen)
+    facts = _facts(loaded, dtype, config, max_new_tokens)
+    results = _run(loaded, encoded, config, max_new_tokens, facts, errors, as_json)
+    files: list[Path] = []
+    if folder is not None:
+        from ..report import write_report
+
+        with errors.status("writing the report"):
+            trajectories = [result.trajectory for result in results]
+            title = f"Jacobi decoding, {loaded.name}"
+            files = write_report(trajectories, folder, title=title)
+    if as_json:
+        write_json(_as_json(results, facts, files))
+    else:
+        _print_results(results, dtype, files)
+    return 1 if dtype is Dtype.float32 and any(not result.identical for result in results) else 0
+
+
+def _encode(loaded: LoadedModel, prompts: list[Prompt]) -> list[tuple[Prompt, torch.Tensor]]:
+    from ..prompts import check_length, encode
+
+    encoded = []
+    for prompt in prompts:
+        ids = encode(loaded.tokenizer, prompt)
+        check_length(loaded.model, prompt, ids)
+        encoded.append((prompt, ids))
+    return encoded
+
+
+def _run(
+    loaded: LoadedModel,
+    encoded: list[tuple[Prompt, torch.Tensor]],
+    config: Any,
+    max_new_tokens: int,
+    facts: dict[str, Any],
+    errors: Console,
+    as_json: bool,
+) -> list[PromptResult]:
+    """Warm up, then measure with the view that fits where standard output goes."""
+    from rich.console import Console
+
+    from .measure import Measurement
+    from .view import LiveView, PlainView
+
+    screen = Console(file=sys.stdout, highlight=False)
+    view: LiveView | PlainView
+    if screen.is_terminal and not screen.is_dumb_terminal and not as_json:
+
+        def decode(ids: list[int]) -> str:
+            return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+
+        heading = (
+            f"{loaded.name}, {facts['dtype']}, {facts['device']}"
+            + (f" with {facts['threads']} threads" if facts["device"] == "cpu" else "")
+            + ", greedy"
+        )
+        view = LiveView(screen, decode, heading, config.block_size)
+    else:
+        view = PlainView(errors)
+    measurement = Measurement(loaded, config, max_new_tokens, view)
+    with errors.status("warming up both sides"):
+        measurement.warm_up(encoded[0][1])
+    with view:
+        return measurement.run(encoded)
+
+
+def _facts(loaded: LoadedModel, dtype: Dtype, config: Any, max_new_tokens: int) -> dict[str, Any]:
+    import torch
+
+    from .info import versions
+
+    return {
+        "model": loaded.name,
+        "dtype": dtype.value,
+        "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
+        "block_size": config.block_size,
+        "mode": config.mode,
+        "fill": config.fill,
+        "seed": config.seed,
+        "max_new_tokens": max_new_tokens,
+        "versions": versions(),
+    }
+
+
+def _as_json(
+    results: list[PromptResult], facts: dict[str, Any], files: list[Path]
+) -> dict[str, Any]:
+    from .view import Totals
+
+    totals = Totals(results)
+    sides = {
+        side: {
+            "tokens": totals.tokens(side),
+            "seconds": totals.seconds(side),
+            "tokens_per_second": totals.tokens_per_second(side),
+        }
+        for side in ("autoregressive", "jacobi")
+    }
+    return {
+        **facts,
+        "tokens": totals.tokens("jacobi"),
+        "iterations": totals.forwards,
+        "tokens_per_forward": totals.tokens_per_forward,
+        "identical": totals.identical,
+        **sides,
+        "speedup": totals.speedup,
+        "prompts": [_prompt_json(result) for result in results],
+        "report": [str(file) for file in files],
+    }
+
+
+def _prompt_json(result: PromptResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    sides = {
+        side: {
+            "tokens": len(done.ids),
+            "seconds": done.seconds,
+            "tokens_per_second": done.tokens_per_second,
+        }
+        for side, done in (
+            ("autoregressive", result.autoregressive),
+            ("jacobi", result.jacobi),
+        )
+    }
+    return {
+        "id": result.prompt.id,
+        "prompt": result.prompt.text,
+        "prompt_tokens": result.prompt_tokens,
+        "text": result.text,
+        "tokens": len(result.jacobi.ids),
+        "iterations": result.jacobi.forwards,
+        "tokens_per_forward": result.tokens_per_forward,
+        "identical": result.identical,
+        **sides,
+        "speedup": result.speedup,
+        "difference": asdict(result.difference) if result.difference else None,
+        "near_ties": [{"index": index, "gap": gap} for index, gap in result.near_ties],
+    }
+
+
+def _print_results(results: list[PromptResult], dtype: Dtype, files: list[Path]) -> None:
+    from rich.console import Console
+
+    from .view import results_table
+
+    screen = Console(file=sys.stdout, highlight=False)
+    if not screen.is_terminal:
+        # a pipe has no width: a table cut to 80 columns would lose figures
+        screen = Console(file=sys.stdout, highlight=False, width=120)
+    screen.print(results_table(results))
+    for result in results:
+        for line in _remarks(result, dtype):
+            screen.print(line, markup=False, soft_wrap=True)
+    if files:
+        screen.print(f"report: {files[0]}", markup=False, soft_wrap=True)
+
+
+def _remarks(result: PromptResult, dtype: Dtype) -> list[str]:
+    """What there is to say of a prompt whose sides differ, or that was run in low precision."""
+    lines = []
+    name = result.prompt.id
+    if result.difference is not None:
+        apart = result.difference
+        line = (
+            f"{name}: differs from token {apart.index} on: one-token {apart.autoregressive!r}"
+            f"{_gap(apart.autoregressive_gap)}, Jacobi {apart.jacobi!r}{_gap(apart.jacobi_gap)}"
+        )
+        if dtype is not Dtype.float32:
+            line += f"; {dtype.value} forwards of other width round differently, near-ties flip"
+        lines.append(line)
+    if result.verification is not None:
+        line = f"{name}: against one full forward: {result.verification}"
+        if result.near_ties:
+            ties = ", ".join(f"{index} (gap {gap:.3g})" for index, gap in result.near_ties)
+            line += f"; near-ties at tokens {ties}"
+        lines.append(line)
+    return lines
+
+
+def _gap(gap: float | None) -> str:
+    return "" if gap is None else f" (logit gap {gap:.3g})"
