@@ -109,7 +109,7 @@ def _hash(text: str) -> str:
 def _embeddable(value: Any) -> str:
     """JSON that may stand inside a ``<script>`` element.
 
-    ASCII only, so neither U+2028 nor a lone surrogate reaches the parser; without ``<``, ``>`` and
+    ASCII only, so no U+2028 reaches the parser; without ``<``, ``>`` and
     ``&``, so no token can close the element, open a comment or be read as an entity.
     """
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -129,7 +129,7 @@ def _record(grid: Grid) -> dict[str, Any]:
     shown = {cell.token: cell.piece for cell in grid.cells}
     totals = grid.totals
     return {
-        "prompt": grid.prompt_text,
+        "prompt": encodable(grid.prompt_text or ""),
         "totals": {
             "tokens": totals.tokens,
             "iterations": totals.iterations,
@@ -142,7 +142,9 @@ def _record(grid: Grid) -> dict[str, Any]:
         "tokens": grid.tokens,
         "fixedAt": grid.fixed_at,
         "shown": {str(token): piece for token, piece in shown.items()},
-        "text": {str(token): grid.pieces.get(token, piece) for token, piece in shown.items()},
+        "text": {
+            str(token): encodable(grid.pieces.get(token, piece)) for token, piece in shown.items()
+        },
         "rows": [
             {
                 "position": row.position,
