@@ -16,6 +16,18 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """A model in eval mode and its tokenizer; None: the demo's model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name is None:
+        from cllm.default_model import ensure_converted
+
+        name = str(ensure_converted())
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
 def provenance(device: str) -> dict[str, Any]:
     """Where and with what a record was made."""
     import transformers

@@ -22,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import cllm
-from cllm.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import provenance, spread, write_record
+from harness import load, provenance, spread, write_record
 
 PROMPT = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -117,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
 
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = load(options.model, options.dtype, options.device)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False
     )
