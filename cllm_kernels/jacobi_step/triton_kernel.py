@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cllm_kernels._triton import FUSION
+
 
 @triton.jit
 def jacobi_step_kernel(
@@ -140,5 +142,6 @@ def jacobi_step(
         HAS_FILL=fill is not None,
         SLOTS=triton.next_power_of_2(n),
         num_warps=1 if n <= 256 else 4,
+        **FUSION,
     )
     return accepted

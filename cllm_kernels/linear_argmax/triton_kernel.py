@@ -14,6 +14,7 @@ from torch import Tensor
 from cllm_kernels._triton import FUSION, better, tile_argmax
 
 _NONE = tl.constexpr(2147483647)
+_FAR = 2**31 // 256  # elements between rows: 256 rows, more than any tile has, stay below 2^31
 
 
 @triton.jit
@@ -51,22 +52,34 @@ def linear_argmax_tiles_kernel(
     BLOCK_H: tl.constexpr,
 ):
     # Programs that share a tile of the weight are neighbours, so it is read from memory once.
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
-    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_row = tl.program_id(0) * BLOCK_M
+    first_column = tile * BLOCK_V
+    tile_row = tl.arange(0, BLOCK_M)
+    tile_column = tl.arange(0, BLOCK_V)
+    row = first_row + tile_row
+    column = first_column + tile_column
     real_row = row < rows
     real_column = column < vocabulary
-    hidden_row = hidden_ptr + row.to(tl.int64)[:, None] * hidden_stride
-    weight_row = weight_ptr + column.to(tl.int64)[None, :] * weight_stride
+    # Where the tile begins takes 64 bits, but one number for all; inside it 32 bits reach anywhere
+    # (the launcher sees to that), and half as many registers hold the offsets.
+    hidden_tile = hidden_ptr + first_row.to(tl.int64) * hidden_stride
+    weight_tile = weight_ptr + first_column.to(tl.int64) * weight_stride
+    hidden_offset = tile_row[:, None] * hidden_stride
+    weight_offset = tile_column[None, :] * weight_stride
     scores = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for start in range(0, width, BLOCK_H):
         feature = start + tl.arange(0, BLOCK_H)
         real = feature < width
         hidden = tl.load(
-            hidden_row + feature[None, :], mask=real_row[:, None] & real[None, :], other=0.0
+            hidden_tile + (hidden_offset + feature[None, :]),
+            mask=real_row[:, None] & real[None, :],
+            other=0.0,
         )
         weight = tl.load(
-            weight_row + feature[:, None], mask=real[:, None] & real_column[None, :], other=0.0
+            weight_tile + (weight_offset + feature[:, None]),
+            mask=real[:, None] & real_column[None, :],
+            other=0.0,
         )
         # "ieee": fp32 operands are multiplied as they are, not rounded to tf32.
         scores = tl.dot(hidden, weight, scores, input_precision="ieee")
@@ -117,7 +130,15 @@ def tile_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         block_m = min(block_m, 32)
         return {"BLOCK_M": block_m, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 4, "num_stages": 4}
+    warps = 4 if block_m <= 32 else 8
+    return {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": warps, "num_stages": 3}
+
+
+def _addressable(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows, near enough to each other for 32-bit offsets in a tile."""
+    if matrix.stride(1) == 1 and matrix.stride(0) < _FAR:
+        return matrix
+    return matrix.contiguous()
 
 
 def linear_argmax(
@@ -127,8 +148,8 @@ def linear_argmax(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(index [M] int64, value [M] float32)."""
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    hidden = _addressable(hidden)
+    weight = _addressable(weight)
     bias = None if bias is None else bias.contiguous()
     rows, width = hidden.shape
     vocabulary = weight.shape[0]

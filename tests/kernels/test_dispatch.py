@@ -1,0 +1,190 @@
+"""The ops as torch sees them: registration, fake tensors, compilation, choice of backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cllm_kernels
+from cllm_kernels._backend import BACKENDS, interpreting
+from cllm_kernels._common import eager
+from cllm_kernels._native import missing_reason
+from cllm_kernels.jacobi_step import OP as JACOBI_STEP
+from tests.kernels.test_jacobi_step import NAMES, make
+
+ops = torch.ops.cllm_kernels
+
+
+def jacobi_arguments(fill: bool = True) -> list:
+    state = make([[1, 2, 3], [1, 9, 3]], [[2, 3, 4], [2, 3, 4]], stop_ids=(4,), fill=fill)
+    return [state[name] for name in NAMES]
+
+
+@pytest.mark.parametrize("mode", ["sliding", "block"])
+@pytest.mark.parametrize("fill", [True, False])
+def test_opcheck_jacobi_step(mode, fill):
+    arguments = (*jacobi_arguments(fill), mode, "all")
+    torch.library.opcheck(ops.jacobi_step.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_row_argmax(dtype):
+    torch.library.opcheck(ops.row_argmax.default, (torch.randn(2, 5, 33).to(dtype),))
+    torch.library.opcheck(ops.row_argmax.default, (torch.randn(33).to(dtype),))
+
+
+def test_opcheck_linear_argmax():
+    hidden, weight, bias = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20)
+    torch.library.opcheck(ops.linear_argmax.default, (hidden, weight, bias, 2.0))
+    torch.library.opcheck(ops.linear_argmax.default, (hidden.half(), weight.half(), None, None))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_without_a_graph_break(backend):
+    def loop(hidden, weight, *state):
+        index, _ = cllm_kernels.linear_argmax(hidden, weight)
+        _, value = cllm_kernels.row_argmax(hidden)
+        accepted = cllm_kernels.jacobi_step(*state, mode="block")
+        return index, value, accepted
+
+    hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
+    plain, compiled = jacobi_arguments(), jacobi_arguments()
+    wanted = loop(hidden, weight, *plain)
+    found = torch.compile(loop, fullgraph=True, backend=backend)(hidden, weight, *compiled)
+    for a, b in zip((*wanted, *plain), (*found, *compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fake_tensors_and_meta_tensors():
+    with FakeTensorMode():
+        index, value = cllm_kernels.row_argmax(torch.empty(2, 3, 7, dtype=torch.float16))
+        assert index.shape == value.shape == (2, 3)
+        assert (index.dtype, value.dtype) == (torch.int64, torch.float16)
+        index, value = cllm_kernels.linear_argmax(torch.empty(4, 8), torch.empty(9, 8))
+        assert index.shape == (4,) and value.dtype is torch.float32
+    index, _ = cllm_kernels.row_argmax(torch.empty(2, 7, device="meta"))
+    assert index.device.type == "meta" and index.shape == (2,)
+
+
+def test_whoever_watches_torch_calls_sees_the_ops():
+    """The eager fast path steps aside for modes, tracers and functional transforms."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    logits = torch.randn(3, 9)
+    assert eager(logits)
+    with Watch():
+        assert not eager(logits)
+        cllm_kernels.row_argmax(logits)
+        cllm_kernels.jacobi_step(*jacobi_arguments())
+    assert "cllm_kernels.row_argmax.default" in seen
+    assert "cllm_kernels.jacobi_step.default" in seen
+
+    functional = torch.func.functionalize(lambda x: cllm_kernels.row_argmax(x)[0])
+    assert torch.equal(functional(logits), logits.argmax(-1))
+
+    class Sub(torch.Tensor):
+        pass
+
+    assert not eager(logits.as_subclass(Sub))
+
+
+def test_negated_views_are_read_as_their_values():
+    logits = torch.randn(3, 50)
+    negated = torch._neg_view(logits)
+    index, value = cllm_kernels.row_argmax(negated)
+    assert torch.equal(index, (-logits).argmax(-1))
+    assert torch.equal(value, (-logits).amax(-1))
+
+
+def test_the_choice_of_a_backend():
+    assert cllm_kernels.current_backend() == "auto"
+    with cllm_kernels.use_backend("reference") as choice:
+        assert cllm_kernels.current_backend() == choice.name == "reference"
+        with cllm_kernels.use_backend("auto"):
+            assert cllm_kernels.current_backend() == "auto"
+        assert cllm_kernels.current_backend() == "reference"
+    assert cllm_kernels.current_backend() == "auto"
+    cllm_kernels.use_backend("reference")  # for good
+    try:
+        assert cllm_kernels.current_backend() == "reference"
+    finally:
+        cllm_kernels.use_backend("auto")
+
+
+def test_an_unavailable_backend_is_an_error_not_a_fallback():
+    with pytest.raises(
+        cllm_kernels.BackendError, match="unknown backend 'fast'; choose one of auto"
+    ):
+        cllm_kernels.use_backend("fast")
+    assert cllm_kernels.current_backend() == "auto"
+    if not torch.cuda.is_available():
+        with pytest.raises(cllm_kernels.BackendError, match="'cuda' is not available"):
+            cllm_kernels.use_backend("cuda")
+        if not interpreting():
+            with pytest.raises(cllm_kernels.BackendError, match="no CUDA device"):
+                cllm_kernels.use_backend("triton")
+    # One that exists, but not for the tensors of the call.
+    with pytest.raises(cllm_kernels.BackendError, match="backend 'cuda' cannot run on cpu tensors"):
+        JACOBI_STEP.choose(torch.device("cpu"), "cuda")
+
+
+def test_without_the_native_module_the_reference_runs(monkeypatch):
+    monkeypatch.setattr("cllm_kernels._backend.missing_reason", lambda: "no compiler was found")
+    assert JACOBI_STEP.choose(torch.device("cpu"), "auto") == "reference"
+    with pytest.raises(cllm_kernels.BackendError, match="'cpp' is not available: no compiler"):
+        cllm_kernels.use_backend("cpp")
+    assert cllm_kernels.backends()["row_argmax"]["cpu"]["cpp"] == "no compiler was found"
+
+
+def test_what_is_reported():
+    report = cllm_kernels.backends()
+    assert set(report) == {"jacobi_step", "row_argmax", "linear_argmax"}
+    for devices in report.values():
+        assert set(devices) == {"cpu", "cuda"}
+        for entry in devices.values():
+            assert set(entry) == {*BACKENDS, "auto"}
+        assert devices["cpu"]["reference"] is None
+        assert devices["cpu"]["auto"] == ("reference" if missing_reason() else "cpp")
+        assert devices["cpu"]["cuda"]  # a reason, whatever the machine
+    info = cllm_kernels.build_info()
+    assert info["loaded"] == (missing_reason() is None)
+    for part in ("cpu", "cuda", "openmp"):
+        assert info[part] or info[f"{part}_reason"], part
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("reference", "reference"), ("fast", "CLLM_KERNELS_BACKEND: unknown backend 'fast'")],
+)
+def test_the_environment_chooses_at_import(value, shown):
+    done = subprocess.run(
+        [sys.executable, "-c", "import cllm_kernels; print(cllm_kernels.current_backend())"],
+        env=os.environ | {"CLLM_KERNELS_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown in (done.stdout if done.returncode == 0 else done.stderr)
+    assert (done.returncode == 0) == (value == "reference")
+
+
+def test_one_openmp_runtime_serves_torch_and_the_kernels():
+    if reason := missing_reason():
+        pytest.skip(reason)
+    if not sys.platform.startswith("linux") or not cllm_kernels.build_info()["openmp"]:
+        pytest.skip("only where OpenMP is built in, on Linux")
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(loaded) == 1, loaded

@@ -1,0 +1,63 @@
+"""The same tests in other processes: Triton's interpreter, and the CPU kernels for lesser CPUs.
+
+Both are chosen once per process: Triton decides at its import whether to interpret, the native
+module at its first call which instructions to use.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm_kernels._backend import _triton_reason
+from cllm_kernels._native import missing_reason
+
+FOLDER = Path(__file__).parent
+FILES = ["test_jacobi_step.py", "test_row_argmax.py", "test_linear_argmax.py"]
+
+
+def run_tests(selection: str, **environment: str) -> None:
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
+        + [str(FOLDER / name) for name in FILES],
+        env=variables | environment,
+        cwd=FOLDER.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def test_triton_kernels_in_the_interpreter():
+    if reason := _triton_reason():
+        pytest.skip(reason)
+    run_tests("triton-cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_cpu_kernels_for_lesser_cpus(isa):
+    if reason := missing_reason():
+        pytest.skip(reason)
+    run_tests("cpp-cpu", CLLM_KERNELS_ISA=isa)
+
+
+def test_the_choice_of_instructions_is_reported():
+    if reason := missing_reason():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-c", "import cllm_kernels; print(cllm_kernels.build_info()['isa'])"],
+        env=os.environ | {"CLLM_KERNELS_ISA": "scalar"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "scalar"
