@@ -120,8 +120,20 @@ def test_numbers_without_javascript(tmp_path, sliding, block):
     page = Page(write_html([sliding, block], tmp_path / "x.html").read_text("utf-8"))
     text = " ".join(part.strip() for part in page.text if part.strip())
     assert "1. count 5 3 1.67 2 1 4 sliding" in text
-    assert "2. prompt without text 5 4 1.25 1 0 3 block" in text
+    assert "2. no prompt text 5 4 1.25 1 0 3 block" in text
     assert "All 2 10 7 1.43 3 1" in text
+
+
+def test_labels_leave_out_the_chat_template(sliding):
+    template = "<|im_start|>system You are helpful.<|im_end|><|im_start|>user "
+    grids = [
+        build_grid(replace(sliding, prompt_text=template + question))
+        for question in ("Write a poem", "Write prose", "Count")
+    ]
+    options = re.findall(r"<option[^>]*>(.*?)</option>", render_html(grids, "t"))
+    assert options == ["1. … Write a poem", "2. … Write prose", "3. … Count"]
+    alone = re.findall(r"<option[^>]*>(.*?)</option>", render_html(grids[:1], "t"))
+    assert alone[0].startswith("1. &lt;|im_start|&gt;system")
 
 
 def test_data_mirror_the_grid(tmp_path, sliding):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import string
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from .files import write_atomically
 from .text import encodable, shorten
 
 _LABEL_LENGTH = 110
+_LONG_PREFIX = 24
+_WORD = string.ascii_letters + string.digits
 
 
 def write_html(
@@ -67,7 +70,7 @@ def render_html(grids: Sequence[Grid], title: str) -> str:
     environment = _environment()
     style = environment.get_template("style.css.j2").render(palette=palette)
     script = environment.get_template("script.js.j2").render()
-    labels = [_label(number, grid) for number, grid in enumerate(grids, start=1)]
+    labels = _labels(grids)
     page = environment.get_template("page.html.j2").render(
         title=title,
         labels=labels,
@@ -95,10 +98,25 @@ def _environment() -> Environment:
     )
 
 
-def _label(number: int, grid: Grid) -> str:
-    if grid.prompt_text:
-        return shorten(f"{number}. {grid.prompt_text}", _LABEL_LENGTH)
-    return f"{number}. prompt without text"
+def _labels(grids: Sequence[Grid]) -> list[str]:
+    """One line a prompt to choose it by; a chat template that all begin with is left out."""
+    prompts = [grid.prompt_text or "" for grid in grids]
+    common = _common_prefix(prompts) if len(set(prompts)) > 1 else ""
+    # not in the middle of a word
+    start = len(common.rstrip(_WORD)) if len(common) >= _LONG_PREFIX else 0
+    labels = []
+    for number, prompt in enumerate(prompts, start=1):
+        text = f"{'… ' if start else ''}{prompt[start:].strip()}" if prompt else "no prompt text"
+        labels.append(shorten(f"{number}. {text}", _LABEL_LENGTH))
+    return labels
+
+
+def _common_prefix(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # in sorted order the outermost two differ first
+    for index, letter in enumerate(first):
+        if letter != last[index]:
+            return first[:index]
+    return first
 
 
 def _hash(text: str) -> str:

@@ -80,6 +80,11 @@ class _Layout:
         return self.edges[0]
 
     @property
+    def dot(self) -> float:
+        """Side of the stationary mark; beside a token's text there is little room for it."""
+        return 0.032 if self.characters else 0.32 * min(self.narrowest, self.cell_height)
+
+    @property
     def narrowest(self) -> float:
         return min(right - left for left, right in itertools.pairwise(self.edges))
 
@@ -144,7 +149,7 @@ def _write(axes: Axes, x: float, y: float, text: str, **keywords: Any) -> Text:
 
 def _head(axes: Axes, grid: Grid, layout: _Layout) -> None:
     totals = grid.totals
-    title = "Jacobi decoding: one row an iteration, one cell a token"
+    title = "Jacobi decoding: one row per iteration, one cell per token"
     _write(axes, _MARGIN, 0.42, title, color=_TITLE_INK, fontproperties=font(12, bold=True))
     numbers = (
         f"{totals.tokens} tokens in {totals.iterations} iterations "
@@ -173,7 +178,7 @@ def _legend(axes: Axes, canvas: FigureCanvasAgg) -> None:
         if fast_forwarded:
             _fill(axes, [_bar(box)], FAST_FORWARDED)
         if stationary:
-            _fill(axes, [_dot(box)], STATIONARY)
+            _fill(axes, [_dot(box, 0.045)], STATIONARY)
         text = _write(axes, x + 0.31, y + 0.125, meaning, color=_INK, fontproperties=font(8))
         x += 0.31 + text.get_window_extent(canvas.get_renderer()).width / _DPI + 0.28
 
@@ -217,9 +222,8 @@ def _bar(box: _Box) -> _Box:
     return x, y + height - thickness, width, thickness
 
 
-def _dot(box: _Box) -> _Box:
-    x, y, width, height = box
-    side = min(0.3 * min(width, height), 0.032)
+def _dot(box: _Box, side: float) -> _Box:
+    x, y, width, _ = box
     return x + width - 1.3 * side, y + 0.3 * side, side, side
 
 
@@ -230,7 +234,7 @@ def _cells(axes: Axes, grid: Grid, layout: _Layout) -> None:
     for state, style in STYLES.items():
         _fill(axes, [box for cell, box in boxes if cell.state == state], style.fill)
     _fill(axes, [_bar(box) for cell, box in boxes if cell.fast_forwarded], FAST_FORWARDED)
-    _fill(axes, [_dot(box) for cell, box in boxes if cell.stationary], STATIONARY)
+    _fill(axes, [_dot(box, layout.dot) for cell, box in boxes if cell.stationary], STATIONARY)
 
 
 def _fill(axes: Axes, boxes: Iterable[_Box], colour: str) -> None:
