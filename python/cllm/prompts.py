@@ -142,8 +142,11 @@ def encode(
 def context_length(model: Any) -> int | None:
     """Most tokens that the model's positions allow, None where its config does not say."""
     config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0)
-    return int(length) or None
+    for name in ("max_position_embeddings", "n_positions"):
+        length = getattr(config, name, None)
+        if length:
+            return int(length)
+    return None
 
 
 def check_length(model: Any, prompt: Prompt, ids: torch.Tensor) -> None:

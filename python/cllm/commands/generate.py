@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..decoding import JacobiConfig
     from ..models import LoadedModel
     from ..prompts import Prompt
+    from .rows import RowFile
 
 Emit = Callable[[dict[str, Any], "dict[str, Any] | None"], None]
 
@@ -120,9 +121,8 @@ def generate(
         return run
 
     if output is not None:
-        return _to_file(
-            start, chosen, settings, output, trajectories, overwrite, batch_size, errors
-        )
+        rows = _open_rows(output, chosen, settings, overwrite, trajectories)
+        return _to_file(start, rows, output, len(chosen), batch_size, errors)
     run = start()
     if prompts is None:
         run.stream_one()
@@ -148,23 +148,29 @@ def _one_prompt(text: str | None) -> Prompt:
     return Prompt("0", text)
 
 
-def _to_file(
-    start: Callable[[], _Run],
+def _open_rows(
+    output: Path,
     prompts: list[Prompt],
     settings: dict[str, Any],
-    output: Path,
-    trajectories: Path | None,
     overwrite: bool,
-    batch_size: int,
-    errors: Console,
-) -> int:
+    trajectories: Path | None,
+) -> RowFile:
     from .rows import RowFile
 
     if trajectories is not None and trajectories.resolve() == output.resolve():
         raise CommandError("--output and --trajectories name the same file")
-    rows = RowFile(output, prompts, settings, overwrite=overwrite, records=trajectories)
+    return RowFile(output, prompts, settings, overwrite=overwrite, records=trajectories)
+
+
+def _to_file(
+    start: Callable[[], _Run],
+    rows: RowFile,
+    output: Path,
+    total: int,
+    batch_size: int,
+    errors: Console,
+) -> int:
     with closing(rows):
-        total = len(prompts)
         if rows.finished == total:
             errors.print(f"all {total} rows are in {output}", markup=False, soft_wrap=True)
             return 0
