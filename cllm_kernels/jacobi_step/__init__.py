@@ -194,10 +194,11 @@ def _shape_error(name: str, tensor: Tensor, rows: int, n: int) -> str:
     return f"jacobi_step: {name} must be {wanted}, not {shape_text(tensor)}"
 
 
+# Not "mode": torch's tracing hands an argument of that name to the kernels it wraps.
 LIBRARY.define(
     "jacobi_step(Tensor(a!) window, Tensor predictions, Tensor(b!) output, Tensor(c!) lengths, "
     "Tensor(d!) generated, Tensor(e!) progress, Tensor(f!) done, Tensor limits, Tensor stop_ids, "
-    "Tensor? fill, str mode, str accept) -> Tensor",
+    "Tensor? fill, str step_mode, str accept) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -95,7 +95,7 @@ def test_each_position_can_win(backend, device):
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows_and_leading_dimensions(backend, device, dtype):
-    base = torch.randn(4, 6, 3, 260, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    base = torch.randn(3, 4, 3, 260, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     with running(OP, backend, device):
         for view in (
             base,
@@ -106,7 +106,7 @@ def test_strided_rows_and_leading_dimensions(backend, device, dtype):
             base.transpose(0, 1),
             base[0, 0],
             base[0, 0, 0],
-            base[:, :1, 0].expand(4, 5, 260),
+            base[:, :1, 0].expand(3, 5, 260),
             base[..., :1],
         ):
             check(view)
