@@ -184,7 +184,7 @@ def _to_file(
             start().rows(rows.finished, batch_size, rows.append)
         except KeyboardInterrupt as error:
             raise CommandInterrupted(
-                f"interrupted: {rows.finished} of {total} rows are in {output}; "
+                f"interrupted: {rows.count()} of {total} rows are in {output}; "
                 "run the same command to continue"
             ) from error
     return 0
