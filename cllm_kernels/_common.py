@@ -22,6 +22,7 @@ _transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _tracing: Any = getattr(torch._C, "_get_tracing_state", None)
 _can_tell = None not in (_dispatch_modes, _function_modes, _transforms, _tracing)
 _plain = (Tensor, Parameter)
+_DEVICES = ("cpu", "cuda")
 
 
 def eager(*tensors: Tensor) -> bool:
@@ -34,10 +35,10 @@ def eager(*tensors: Tensor) -> bool:
         return False
     if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
         return False
-    return all(type(tensor) in _plain for tensor in tensors) and tensors[0].device.type in (
-        "cpu",
-        "cuda",
-    )
+    for tensor in tensors:
+        if type(tensor) not in _plain:
+            return False
+    return tensors[0].device.type in _DEVICES
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -93,23 +93,17 @@ def jacobi_step(
         ValueError: a shape, layout, mode or accept that does not fit, or, on the CPU, a row whose
             state is out of bounds. TypeError: a wrong dtype. BackendError: see `use_backend`.
     """
-    _check(
-        window,
-        predictions,
-        output,
-        lengths,
-        generated,
-        progress,
-        done,
-        limits,
-        stop_ids,
-        fill,
-        mode,
-        accept,
+    tensors = (
+        *(window, predictions, output, lengths, generated, progress, limits, stop_ids),
+        *(() if fill is None else (fill,)),
     )
-    if eager(
-        window, predictions, output, lengths, generated, progress, done, limits, stop_ids
-    ) and (fill is None or eager(fill)):
+    if mode not in MODES:
+        raise ValueError(f"jacobi_step: mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if accept not in ACCEPTS:
+        raise ValueError(f"jacobi_step: accept must be one of {', '.join(ACCEPTS)}, not {accept!r}")
+    if not _fits(*tensors, done=done):
+        _explain(*tensors, done=done)
+    if eager(*tensors, done):
         step = OP.resolve(window.device)
     else:
         step = torch.ops.cllm_kernels.jacobi_step.default
@@ -129,48 +123,87 @@ def jacobi_step(
     )
 
 
-def _check(
+def _fits(
     window: Tensor,
     predictions: Tensor,
     output: Tensor,
     lengths: Tensor,
     generated: Tensor,
     progress: Tensor,
-    done: Tensor,
     limits: Tensor,
     stop_ids: Tensor,
-    fill: Tensor | None,
-    mode: str,
-    accept: str,
+    fill: Tensor | None = None,
+    *,
+    done: Tensor,
+) -> bool:
+    """Whether all arguments fit together. One expression: this runs at every step of a decoding."""
+    if window.dim() != 2 or output.dim() != 2 or stop_ids.dim() != 1:
+        return False
+    shape = window.shape
+    rows, n = shape
+    column = (rows,)
+    device = window.device
+    number = torch.int64
+    fits = (
+        (n >= 1 and predictions.shape == shape and output.shape[0] == rows)
+        and (lengths.shape == column and generated.shape == column and progress.shape == column)
+        and (limits.shape == column and done.shape == column)
+        and (window.dtype is number and predictions.dtype is number and output.dtype is number)
+        and (lengths.dtype is number and generated.dtype is number and progress.dtype is number)
+        and (limits.dtype is number and stop_ids.dtype is number and done.dtype is torch.bool)
+        and (predictions.device == device and output.device == device and done.device == device)
+        and (lengths.device == device and generated.device == device and progress.device == device)
+        and (limits.device == device and stop_ids.device == device)
+        and (window.is_contiguous() and predictions.is_contiguous() and output.is_contiguous())
+        and (lengths.is_contiguous() and generated.is_contiguous() and progress.is_contiguous())
+        and (limits.is_contiguous() and stop_ids.is_contiguous() and done.is_contiguous())
+    )
+    if fill is None or not fits:
+        return fits
+    return (fill.dim() == 2 and fill.shape[0] == rows and fill.shape[1] >= n) and (
+        fill.dtype is number and fill.device == device and fill.is_contiguous()
+    )
+
+
+def _explain(
+    window: Tensor,
+    predictions: Tensor,
+    output: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    progress: Tensor,
+    limits: Tensor,
+    stop_ids: Tensor,
+    fill: Tensor | None = None,
+    *,
+    done: Tensor,
 ) -> None:
-    if mode not in MODES:
-        raise ValueError(f"jacobi_step: mode must be one of {', '.join(MODES)}, not {mode!r}")
-    if accept not in ACCEPTS:
-        raise ValueError(f"jacobi_step: accept must be one of {', '.join(ACCEPTS)}, not {accept!r}")
+    """Raises the error that names the first argument that does not fit."""
     if window.dim() != 2 or window.shape[1] < 1:
         raise ValueError(f"jacobi_step: window must be [B, n], n >= 1, not {shape_text(window)}")
     rows, n = window.shape
-    for name, tensor, dims, columns in (
-        ("window", window, 2, n),
-        ("predictions", predictions, 2, n),
-        ("output", output, 2, None),
-        ("lengths", lengths, 1, None),
-        ("generated", generated, 1, None),
-        ("progress", progress, 1, None),
-        ("done", done, 1, None),
-        ("limits", limits, 1, None),
-        ("stop_ids", stop_ids, 1, None),
-        ("fill", fill, 2, None),
+    for name, tensor, dims in (
+        ("window", window, 2),
+        ("predictions", predictions, 2),
+        ("output", output, 2),
+        ("lengths", lengths, 1),
+        ("generated", generated, 1),
+        ("progress", progress, 1),
+        ("done", done, 1),
+        ("limits", limits, 1),
+        ("stop_ids", stop_ids, 1),
+        ("fill", fill, 2),
     ):
         if tensor is None:
             continue
-        shape = tensor.shape
-        fits = len(shape) == dims and (columns is None or shape[1] == columns)
-        if not fits or (shape[0] != rows and tensor is not stop_ids):
+        fits = tensor.dim() == dims and (name == "stop_ids" or tensor.shape[0] == rows)
+        if not fits or (name == "predictions" and tensor.shape[1] != n):
             raise ValueError(_shape_error(name, tensor, rows, n))
-        if tensor.dtype is not (torch.bool if tensor is done else torch.int64):
-            wanted = "bool" if tensor is done else "int64"
-            raise TypeError(f"jacobi_step: {name} must be {wanted}, not {dtype_text(tensor.dtype)}")
+        wanted = torch.bool if name == "done" else torch.int64
+        if tensor.dtype is not wanted:
+            raise TypeError(
+                f"jacobi_step: {name} must be {dtype_text(wanted)}, not {dtype_text(tensor.dtype)}"
+            )
         if tensor.device != window.device:
             raise ValueError(
                 f"jacobi_step: {name} is on {tensor.device} but window is on {window.device}"

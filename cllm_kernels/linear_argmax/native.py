@@ -6,7 +6,9 @@ A chunk's scores stay in cache between the two. What the scores are depends on t
 - bfloat16 and float16, where torch's matmul is fast in that dtype (oneDNN with the instructions
   for it): it accumulates in fp32 but rounds its output to 16 bits, and rounding ties tokens that
   differ. Rounding is monotone, so the winner is among the tied: those are computed again in fp32.
-- bfloat16 and float16 elsewhere: each chunk of the weight is widened to fp32 and multiplied there.
+- bfloat16 and float16 elsewhere: each chunk of the weight is widened to fp32 and multiplied there
+  (torch's own fp16 matmul without such instructions is slower and off by tens of units in the last
+  place).
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from cllm_kernels._native import native_module
 
 _C = native_module()
 
-# Rows of the weight per matmul, by a fixed count: at 16 rows of hidden a chunk's scores take 128 to
-# 256 KiB, within any L2. torch's fp32 matmul with few rows is also faster in pieces of this size
-# than over the whole vocabulary (14 against 21 ms at [16, 576] x [49152, 576], two AVX-512 cores).
-_CHUNK = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 4096}
+# Rows of the weight per matmul, by a fixed count: at 16 rows of hidden a chunk's scores take 256 to
+# 512 KiB, within any L2, and the scores of the vocabulary are never held. torch's fp32 matmul of
+# few rows is faster in such pieces than whole (14.6 against 21.5 ms for [16, 576] x [49152, 576] on
+# two AVX-512 cores); its bf16 matmul does not care, and fewer pieces wait for threads less often.
+_CHUNK = {torch.float32: 4096, torch.bfloat16: 16384, torch.float16: 16384}
+_WIDENED = 2048  # where a chunk of the weight itself is written out in fp32
 _ROWS = 512  # of hidden at a time, so that the scores stay small for long inputs too
 
 
@@ -78,8 +82,8 @@ def _sweep(
     if dtype is not torch.float32 and not exact:
         dtype = torch.float32
         hidden = hidden.float()
-        widened = torch.empty(min(_CHUNK[dtype], vocabulary), width)
-    size = min(_CHUNK[dtype], vocabulary)
+        widened = torch.empty(min(_WIDENED, vocabulary), width)
+    size = min(_CHUNK[dtype] if widened is None else _WIDENED, vocabulary)
     scores = torch.empty(rows, size, dtype=dtype)
     code, threads, cap = DTYPE_CODES[dtype], torch.get_num_threads(), softcap or 0.0
     for first in range(0, vocabulary, size):
