@@ -73,12 +73,8 @@ def overhead(model: Any, inputs: dict[str, torch.Tensor], tokens: int, block_siz
     """Share of the decoding loop that is not the model's forward."""
     inside: list[float] = []
     started = [0.0]
-    before = model.register_forward_pre_hook(
-        lambda *_: started.__setitem__(0, time.perf_counter())
-    )
-    after = model.register_forward_hook(
-        lambda *_: inside.append(time.perf_counter() - started[0])
-    )
+    before = model.register_forward_pre_hook(lambda *_: started.__setitem__(0, time.perf_counter()))
+    after = model.register_forward_hook(lambda *_: inside.append(time.perf_counter() - started[0]))
     try:
         output = cllm.generate(
             model, **inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=None,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .files import write_atomically
 
 
 class TrajectoryError(ValueError):
@@ -121,10 +122,7 @@ class Trajectory:
         for iteration in self.iterations:
             ids.update(iteration.window)
             ids.update(iteration.predictions)
-        self.pieces = {
-            token: tokenizer.decode([token], clean_up_tokenization_spaces=False)
-            for token in sorted(ids)
-        }
+        self.pieces = {token: _piece(tokenizer, token) for token in sorted(ids)}
         self.prompt_text = tokenizer.decode(self.prompt, clean_up_tokenization_spaces=False)
         return self
 
@@ -181,22 +179,19 @@ class Trajectory:
         return trajectory
 
 
+def _piece(tokenizer: Any, token: int) -> str:
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    raw = tokenizer.convert_ids_to_tokens(token)
+    # SentencePiece decoders drop the space that a text's first word starts with
+    if isinstance(raw, str) and raw.startswith("\u2581") and not text.startswith(" "):
+        text = " " + text
+    return text
+
+
 def save(path: str | os.PathLike[str], trajectories: Iterable[Trajectory]) -> Path:
     """Write trajectories as JSON lines, one a line. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            for trajectory in trajectories:
-                stream.write(json.dumps(trajectory.to_json(), ensure_ascii=False) + "\n")
-        # mkstemp makes the file private; a record is meant to be shared like any other file
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    lines = [json.dumps(trajectory.to_json()) + "\n" for trajectory in trajectories]
+    return write_atomically(path, "".join(lines).encode("ascii"))
 
 
 def load(path: str | os.PathLike[str]) -> list[Trajectory]:

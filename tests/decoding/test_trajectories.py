@@ -97,6 +97,25 @@ def test_round_trip_through_a_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_pieces_keep_the_space_that_sentencepiece_drops():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "ly": 2}, unk_token="ly"))
+    backend.decoder = decoders.Metaspace()
+    trajectory = cllm.Trajectory(
+        [0], [1, 2], [cllm.Iteration(0, [0, 1], [1, 2], 2, 2)], 2, "sliding"
+    ).with_pieces(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert trajectory.pieces == {0: " one", 1: " two", 2: "ly"}
+    assert trajectory.prompt_text == "one"
+
+
+def test_half_a_surrogate_pair_is_saved(tmp_path):
+    trajectory = record()[2].trajectories[0]
+    trajectory.prompt_text = "broken \ud83d"
+    assert load(save(tmp_path / "t.jsonl", [trajectory]))[0].prompt_text == "broken \ud83d"
+
+
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
     path = save(tmp_path / "t.jsonl", record()[2].trajectories)
     lines = path.read_text().splitlines()

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ..trajectory import Trajectory
 from . import palette
 from .cells import Cell, Grid, ReportError, build_grid
-from .files import write_atomically
+from ..files import write_atomically
 from .text import encodable, shorten
 
 _LABEL_LENGTH = 110

@@ -19,7 +19,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ..trajectory import Trajectory
 from .cells import Cell, Grid, Row, build_grid
-from .files import write_atomically
+from ..files import write_atomically
 from .fonts import drawable, font
 from .palette import (
     FAST_FORWARDED,
