@@ -282,9 +282,9 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Editable installations: the module and the record of the build go beside the sources."""
         for ext in self.extensions:
-            stale = ROOT / "cllm_kernels" / Path(self.get_ext_filename(ext.name)).name
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
-                stale.unlink(missing_ok=True)
+            # A module of an earlier build must not outlive a build that made none.
+            if not (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists():
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
         built = Path(self.build_lib).resolve() / "cllm_kernels" / INFO_FILE
         shutil.copyfile(built, ROOT / "cllm_kernels" / INFO_FILE)
