@@ -157,11 +157,11 @@ def _run(
         def decode(ids: list[int]) -> str:
             return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
-        heading = (
-            f"{loaded.name}, {facts['dtype']}, {facts['device']}"
-            + (f" with {facts['threads']} threads" if facts["device"] == "cpu" else "")
-            + ", greedy"
-        )
+        place = facts["device"]
+        if place == "cpu":
+            threads = facts["threads"]
+            place += f" with {threads} thread{'' if threads == 1 else 's'}"
+        heading = f"{loaded.name}, {facts['dtype']}, {place}, greedy"
         view = LiveView(screen, decode, heading, config.block_size)
     else:
         view = PlainView(errors)

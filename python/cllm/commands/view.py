@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -239,7 +240,15 @@ class Totals:
 def results_table(results: list[PromptResult]) -> Table:
     """One row a prompt and one for the total."""
     totals = Totals(results)
-    table = Table(title=None, show_footer=len(results) > 1, header_style="bold", expand=False)
+    # everything fits 80 columns
+    table = Table(
+        show_footer=len(results) > 1,
+        header_style="bold",
+        footer_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     yes = Text("yes", style="green")
     no = Text("no", style="bold red")
     columns: list[tuple[str, str]] = [
@@ -247,8 +256,8 @@ def results_table(results: list[PromptResult]) -> Table:
         ("tokens", str(totals.tokens("jacobi"))),
         ("one-token\ntokens/s", f"{totals.tokens_per_second('autoregressive'):.1f}"),
         ("Jacobi\ntokens/s", f"{totals.tokens_per_second('jacobi'):.1f}"),
-        ("iterations", str(totals.forwards)),
-        ("tokens per\nforward", f"{totals.tokens_per_forward:.2f}"),
+        ("itera-\ntions", str(totals.forwards)),
+        ("tokens/\nforward", f"{totals.tokens_per_forward:.2f}"),
         ("speedup", f"{totals.speedup:.2f}x"),
     ]
     for index, (header, footer) in enumerate(columns):
