@@ -177,7 +177,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, sliding, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cllm.report.files.os.replace", full)
+    monkeypatch.setattr("cllm.files.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_html([sliding], path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

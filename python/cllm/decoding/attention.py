@@ -44,7 +44,7 @@ def cllm_attention_forward(
     """
     batch, heads, width, size = query.shape
     groups = heads // key.shape[1]
-    plain = (
+    if (
         attention_mask is None
         or groups == 1
         or width == 1
@@ -52,8 +52,7 @@ def cllm_attention_forward(
         or dropout != 0.0
         or kwargs.get("position_bias") is not None
         or kwargs.get("softcap") is not None
-    )
-    if plain:
+    ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -91,10 +90,10 @@ def folded_attention(model: torch.nn.Module) -> Iterator[None]:
     The implementation's name in the configs is all that changes, and it is put back by the last
     concurrent call to leave.
     """
-    configs = {}
+    configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) in ("sdpa", NAME):
+        if config is not None and getattr(config, "_attn_implementation", None) in ("sdpa", NAME):
             configs[id(config)] = config
     with _lock:
         taken = [

@@ -114,14 +114,14 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.plan = plan
         self.updates = 0
+        self.storage: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
     ) -> None:
         # zeros, not empty: a masked slot still takes part in a product with weight 0, and 0 * NaN
         # is NaN
-        self.keys = self._allocate(key_states)
-        self.values = self._allocate(value_states)
+        self.storage = self._allocate(key_states), self._allocate(value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -133,14 +133,20 @@ class RaggedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the block's keys and values [B, heads, n, D]; return all that attention sees."""
-        if not self.is_initialized:
+        if self.storage is None:
             self.lazy_initialization(key_states, value_states)
+        assert self.storage is not None
         self.updates += 1
-        self.keys = self._write(self.keys, key_states)
-        self.values = self._write(self.values, value_states)
+        keys, values = self.storage
+        self.storage = keys, values = (
+            self._write(keys, key_states),
+            self._write(values, value_states),
+        )
+        # under the names by which HuggingFace's own code finds a layer's tensors
+        self.keys, self.values = keys, values
         if self.plan.prefill:
             return key_states, value_states
-        return self._visible(self.keys), self._visible(self.values)
+        return self._visible(keys), self._visible(values)
 
     def _write(self, storage: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         plan = self.plan
@@ -160,7 +166,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _visible(self, storage: torch.Tensor) -> torch.Tensor:
         plan = self.plan
-        if plan.right_aligned:
+        if plan.gather is not None:
             flat = storage.view(-1, *storage.shape[2:])
             seen = flat.index_select(0, plan.gather.to(storage.device))
             return seen.view(plan.batch, plan.view, *storage.shape[2:]).transpose(1, 2)
@@ -184,9 +190,14 @@ class RaggedCache(Cache):
     """A HuggingFace cache of `RaggedLayer`, created layer by layer as the model writes to it."""
 
     def __init__(self, plan: BlockPlan):
-        super().__init__(layer_class_to_replicate=partial(RaggedLayer, plan))
+        # called without arguments for every layer that the model turns out to have
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, plan))  # type: ignore[arg-type]
         self.plan = plan
 
     def untouched_layers(self) -> list[int]:
         """Layers of the cache that no forward has written to."""
-        return [index for index, layer in enumerate(self.layers) if not layer.updates]
+        return [
+            index
+            for index, layer in enumerate(self.layers)
+            if not (isinstance(layer, RaggedLayer) and layer.updates)
+        ]

@@ -59,10 +59,9 @@ class JacobiConfig:
             problems.append(
                 f"max_iterations must be None or an integer >= 1, not {self.max_iterations!r}"
             )
-        if not isinstance(self.record_trajectories, bool):
-            problems.append(
-                f"record_trajectories must be True or False, not {self.record_trajectories!r}"
-            )
+        record: Any = self.record_trajectories
+        if not isinstance(record, bool):
+            problems.append(f"record_trajectories must be True or False, not {record!r}")
         if problems:
             raise ValueError("JacobiConfig: " + "; ".join(problems))
 

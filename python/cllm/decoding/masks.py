@@ -25,9 +25,9 @@ def window_mask(
     slots = torch.arange(view, device=positions.device)
     queries = positions[:, None, :, None]
     allowed = slots <= queries
-    if kind == SLIDING:
+    if kind == SLIDING and size is not None:
         allowed &= slots > queries - size
-    elif kind == CHUNKED:
+    elif kind == CHUNKED and size is not None:
         allowed &= slots // size == queries // size
     if dtype is None:
         return allowed

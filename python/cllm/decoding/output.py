@@ -26,9 +26,9 @@ class JacobiOutput(ModelOutput):
         trajectories: one per row if ``record_trajectories`` was set, else None.
     """
 
-    sequences: torch.LongTensor | None = None
-    iterations: torch.LongTensor | None = None
-    accepted: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    iterations: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
     forwards: int | None = None
     tokens_per_forward: float | None = None
     prefill_seconds: float | None = None

@@ -3,12 +3,13 @@ time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from transformers.generation.logits_process import LogitsProcessorList
 
 
 def processed_argmax(
-    processors: LogitsProcessorList,
+    processors: Callable[..., torch.Tensor],
     logits: torch.Tensor,
     window: torch.Tensor,
     sequences: torch.Tensor,

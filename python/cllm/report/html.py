@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..files import write_atomically
 from ..trajectory import Trajectory
 from . import palette
 from .cells import Cell, Grid, ReportError, build_grid
-from ..files import write_atomically
 from .text import encodable, shorten
 
 _LABEL_LENGTH = 110

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.cells import cell_len, set_cell_size
 
+from ..files import write_atomically
 from ..trajectory import Trajectory
 from .cells import Cell, Grid, Row, build_grid
-from ..files import write_atomically
 from .fonts import drawable, font
 from .palette import (
     FAST_FORWARDED,
