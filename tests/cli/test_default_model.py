@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,31 @@ def test_killed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="No space left"):
         default_model.ensure_converted()
     assert [path.suffix for path in folder.parent.iterdir()] in ([".lock"], [])
+
+
+def test_racing_callers_convert_once(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    conversions = []
+
+    def writes(source, work, progress):
+        conversions.append(work)
+        time.sleep(0.3)
+        (work / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(default_model, "find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(default_model, "_write_model", writes)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: default_model.ensure_converted(), range(4)))
+    (folder,) = folders
+    assert len(conversions) == 1
+    assert default_model.damage(folder) is None
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    # a changed file of the right size is noticed, and converted again
+    (folder / "model.safetensors").write_bytes(b"wEights")
+    assert default_model.ensure_converted() == folder
+    assert len(conversions) == 2
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..prompts import Prompt
     from .measure import PromptResult
 
-DEFAULT_LIMIT = 6
+DEFAULT_LIMIT = 4
 DEFAULT_REPORT = Path("cllm-demo-report")
 
 
