@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Fusing a multiply with an add rounds once instead of twice. Triton's default for it changes
 # between releases, and a score's bits decide ties: it is stated with every launch.
 FUSION = {"enable_fp_fusion": False}
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one inside: Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit

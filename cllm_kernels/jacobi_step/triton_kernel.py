@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION
+from cllm_kernels._triton import FUSION, device_of
 
 
 @triton.jit
@@ -121,27 +121,28 @@ def jacobi_step(
     accepted = torch.empty_like(lengths)
     if rows == 0:
         return accepted
-    jacobi_step_kernel[(rows,)](
-        window,
-        predictions,
-        output,
-        lengths,
-        generated,
-        progress,
-        done.view(torch.uint8),
-        limits,
-        stop_ids,
-        window if fill is None else fill,
-        accepted,
-        n,
-        output.shape[1],
-        stop_ids.shape[0],
-        0 if fill is None else fill.shape[1],
-        BLOCK_MODE=mode == "block",
-        ACCEPT_ONE=accept == "one",
-        HAS_FILL=fill is not None,
-        SLOTS=triton.next_power_of_2(n),
-        num_warps=1 if n <= 256 else 4,
-        **FUSION,
-    )
+    with device_of(window):
+        jacobi_step_kernel[(rows,)](
+            window,
+            predictions,
+            output,
+            lengths,
+            generated,
+            progress,
+            done.view(torch.uint8),
+            limits,
+            stop_ids,
+            window if fill is None else fill,
+            accepted,
+            n,
+            output.shape[1],
+            stop_ids.shape[0],
+            0 if fill is None else fill.shape[1],
+            BLOCK_MODE=mode == "block",
+            ACCEPT_ONE=accept == "one",
+            HAS_FILL=fill is not None,
+            SLOTS=triton.next_power_of_2(n),
+            num_warps=1 if n <= 256 else 4,
+            **FUSION,
+        )
     return accepted

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, better, tile_argmax
+from cllm_kernels._triton import FUSION, better, device_of, tile_argmax
 
 _NONE = tl.constexpr(2147483647)
 _FAR = 2**31 // 256  # elements between rows: 256 rows, more than any tile has, stay below 2^31
@@ -161,25 +161,26 @@ def linear_argmax(
     tiles = triton.cdiv(vocabulary, shape["BLOCK_V"])
     tile_value = torch.empty((rows, tiles), dtype=torch.float32, device=hidden.device)
     tile_index = torch.empty((rows, tiles), dtype=torch.int32, device=hidden.device)
-    linear_argmax_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), tiles)](
-        hidden,
-        weight,
-        hidden if bias is None else bias,
-        tile_value,
-        tile_index,
-        rows,
-        vocabulary,
-        width,
-        hidden.stride(0),
-        weight.stride(0),
-        tiles,
-        softcap or 0.0,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=softcap is not None,
-        **shape,
-        **FUSION,
-    )
-    linear_argmax_reduce_kernel[(rows,)](
-        tile_value, tile_index, index, value, tiles, BLOCK=256, num_warps=4, **FUSION
-    )
+    with device_of(hidden):
+        linear_argmax_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), tiles)](
+            hidden,
+            weight,
+            hidden if bias is None else bias,
+            tile_value,
+            tile_index,
+            rows,
+            vocabulary,
+            width,
+            hidden.stride(0),
+            weight.stride(0),
+            tiles,
+            softcap or 0.0,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None,
+            **shape,
+            **FUSION,
+        )
+        linear_argmax_reduce_kernel[(rows,)](
+            tile_value, tile_index, index, value, tiles, BLOCK=256, num_warps=4, **FUSION
+        )
     return index, value

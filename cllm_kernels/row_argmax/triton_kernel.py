@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, better, tile_argmax
+from cllm_kernels._triton import FUSION, better, device_of, tile_argmax
 from cllm_kernels.row_argmax.layout import row_layout
 
 _NONE = tl.constexpr(2147483647)
@@ -92,28 +92,29 @@ def row_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     piece_value = torch.empty((rows, pieces), dtype=torch.float32, device=logits.device)
     piece_index = torch.empty((rows, pieces), dtype=torch.int32, device=logits.device)
     strides = (layout.inner, layout.outer_stride, layout.inner_stride)
-    row_argmax_pieces_kernel[(rows, pieces)](
-        layout.logits,
-        piece_value,
-        piece_index,
-        *strides,
-        columns,
-        pieces,
-        length,
-        BLOCK=_BLOCK,
-        num_warps=8,
-        **FUSION,
-    )
-    row_argmax_reduce_kernel[(rows,)](
-        layout.logits,
-        piece_value,
-        piece_index,
-        index,
-        value,
-        *strides,
-        pieces,
-        BLOCK=128,
-        num_warps=1,
-        **FUSION,
-    )
+    with device_of(logits):
+        row_argmax_pieces_kernel[(rows, pieces)](
+            layout.logits,
+            piece_value,
+            piece_index,
+            *strides,
+            columns,
+            pieces,
+            length,
+            BLOCK=_BLOCK,
+            num_warps=8,
+            **FUSION,
+        )
+        row_argmax_reduce_kernel[(rows,)](
+            layout.logits,
+            piece_value,
+            piece_index,
+            index,
+            value,
+            *strides,
+            pieces,
+            BLOCK=128,
+            num_warps=1,
+            **FUSION,
+        )
     return index, value
