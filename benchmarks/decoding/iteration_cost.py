@@ -87,6 +87,34 @@ def overhead(model: Any, inputs: dict[str, torch.Tensor], tokens: int, block_siz
     return 1 - sum(inside[-output.forwards :]) / output.decode_seconds
 
 
+def linear_layers(model: Any, block_size: int, *, packed: bool) -> float:
+    """Seconds of one pass over all linear layers of `model` on `block_size` rows, nothing else.
+
+    This is the floor that the vendor's matmul sets for an iteration. `packed`: with weights that
+    oneDNN has laid out for this many rows beforehand, to see how much of the floor is layout.
+    """
+    calls = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            rows = torch.randn(block_size, module.in_features).to(weight)
+            if packed:
+                ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), block_size)
+                calls.append(
+                    (torch.ops.mkldnn._linear_pointwise, (rows, ordered, None, "none", [], ""))
+                )
+            else:
+                calls.append((torch.nn.functional.linear, (rows, weight)))
+    seconds = []
+    with torch.no_grad():
+        for _ in range(12):
+            started = time.perf_counter()
+            for function, arguments in calls:
+                function(*arguments)
+            seconds.append(time.perf_counter() - started)
+    return spread(seconds[2:])["median"]
+
+
 def tokens_per_second(
     model: Any, inputs: dict[str, torch.Tensor], tokens: int, block_size: int
 ) -> float:
@@ -136,6 +164,10 @@ def main() -> None:
         size: spread([overhead(model, inputs, options.tokens, size) for _ in range(3)])["median"]
         for size in sizes
     }
+    floors = {size: linear_layers(model, size, packed=False) for size in sizes}
+    packed = {}
+    if options.device == "cpu" and torch.backends.mkldnn.is_available():
+        packed = {size: linear_layers(model, size, packed=True) for size in sizes}
     single, batched = [], []
     rows = {name: tensor.expand(options.batch_size, -1) for name, tensor in inputs.items()}
     for _ in range(3):
@@ -154,6 +186,8 @@ def main() -> None:
         "jacobi_iteration_ms": {size: scaled(spread(steps[size])) for size in sizes},
         "ratio": {size: spread(ratios[size]) for size in sizes},
         "overhead_share": shares,
+        "linear_layers_ms": {size: round(1e3 * floors[size], 3) for size in sizes},
+        "linear_layers_prepacked_ms": {size: round(1e3 * packed[size], 3) for size in packed},
         "batch": {
             "batch_size": options.batch_size,
             "block_size": options.batch_block_size,
@@ -175,11 +209,22 @@ def scaled(statistic: dict[str, float]) -> dict[str, float]:
 
 def show(record: dict[str, Any], sizes: list[int]) -> None:
     table = Table(title=f"{record['model']}, {record['dtype']}, {record['device']}")
-    for column in ("forward", "ms (median)", "quartiles", "of HuggingFace's step", "own overhead"):
+    for column in (
+        "forward",
+        "ms (median)",
+        "quartiles",
+        "of HuggingFace's step",
+        "own overhead",
+        "linear layers alone, ms",
+        "the same, prepacked",
+    ):
         table.add_column(column, justify="right")
     step = record["huggingface_step_ms"]
     table.add_row(
-        "generate, 1 row", f"{step['median']:.1f}", f"{step['low']:.1f}-{step['high']:.1f}", "", ""
+        "generate, 1 row",
+        f"{step['median']:.1f}",
+        f"{step['low']:.1f}-{step['high']:.1f}",
+        *[""] * 4,
     )
     for size in sizes:
         step = record["jacobi_iteration_ms"][size]
@@ -189,6 +234,8 @@ def show(record: dict[str, Any], sizes: list[int]) -> None:
             f"{step['low']:.1f}-{step['high']:.1f}",
             f"{record['ratio'][size]['median']:.2f} x",
             f"{100 * record['overhead_share'][size]:.1f} %",
+            f"{record['linear_layers_ms'][size]:.1f}",
+            f"{record['linear_layers_prepacked_ms'].get(size, float('nan')):.1f}",
         )
     console = Console()
     console.print(table)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from .decoding import (
-    JacobiConfig,
-    JacobiOutput,
-    UnsupportedModelError,
-    UnsupportedOptionError,
-    generate,
-    jacobi_decode,
-)
-from .patching import Handle, patch, patched
-from .trajectory import Iteration, Trajectory, TrajectoryError
-from .verification import Verification, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decoding import (
+        JacobiConfig,
+        JacobiOutput,
+        UnsupportedModelError,
+        UnsupportedOptionError,
+        generate,
+        jacobi_decode,
+    )
+    from .patching import Handle, patch, patched
+    from .trajectory import Iteration, Trajectory, TrajectoryError
+    from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,23 @@ __all__ = [
     "patched",
     "verify",
 ]
+
+# torch and transformers take seconds to import, `cllm --help` should not: names load on first use
+_HOMES = {
+    ".patching": ("Handle", "patch", "patched"),
+    ".trajectory": ("Iteration", "Trajectory", "TrajectoryError"),
+    ".verification": ("Verification", "verify"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME.get(name, ".decoding"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
