@@ -211,17 +211,17 @@ def show(record: dict[str, Any], sizes: list[int]) -> None:
     table = Table(title=f"{record['model']}, {record['dtype']}, {record['device']}")
     for column in (
         "forward",
-        "ms (median)",
+        "ms",
         "quartiles",
-        "of HuggingFace's step",
-        "own overhead",
-        "linear layers alone, ms",
-        "the same, prepacked",
+        "of 1 HF step",
+        "overhead",
+        "linear, ms",
+        "prepacked",
     ):
         table.add_column(column, justify="right")
     step = record["huggingface_step_ms"]
     table.add_row(
-        "generate, 1 row",
+        "generate",
         f"{step['median']:.1f}",
         f"{step['low']:.1f}-{step['high']:.1f}",
         *[""] * 4,
@@ -229,7 +229,7 @@ def show(record: dict[str, Any], sizes: list[int]) -> None:
     for size in sizes:
         step = record["jacobi_iteration_ms"][size]
         table.add_row(
-            f"Jacobi, n = {size}",
+            f"n = {size}",
             f"{step['median']:.1f}",
             f"{step['low']:.1f}-{step['high']:.1f}",
             f"{record['ratio'][size]['median']:.2f} x",
