@@ -66,6 +66,18 @@ def test_bad_prompts(inputs, message):
         cllm.generate(tiny_model("llama"), **inputs, max_new_tokens=4)
 
 
+def test_inputs_that_would_be_left_out_are_refused():
+    """GPT-2 adds an embedding for token types, so leaving them out would change the text."""
+    inputs = prompts([3])
+    with pytest.raises(cllm.UnsupportedOptionError, match="token_type_ids"):
+        cllm.generate(
+            tiny_model("gpt2"),
+            **inputs,
+            token_type_ids=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=4,
+        )
+
+
 def test_training_mode():
     model = fresh_model().train()
     with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):

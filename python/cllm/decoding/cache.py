@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# SDPA reduces over keys in blocks of 512 (CPU) or of a divisor of it (CUDA), in order, and a masked
-# block adds exact zeros. So views that are multiples of 512 give a row the same bits.
+# SDPA on CPU reduces over keys in blocks of 512, in order, and a masked block adds exact zeros. So
+# views that are multiples of 512 give a row the same bits.
 VIEW_STEP = 512
 _ALIGNMENT = 64
 

@@ -27,7 +27,6 @@ _PREPARED = frozenset(
         "past_key_values",
         "use_cache",
         "logits_to_keep",
-        "token_type_ids",
         "return_dict",
     }
 )
