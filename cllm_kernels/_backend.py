@@ -110,6 +110,11 @@ def register(op: Op) -> Op:
     return op
 
 
+def registered() -> Mapping[str, Op]:
+    """Every op of this package, by name."""
+    return _ops
+
+
 def _valid(name: str, source: str) -> str:
     if name not in (*BACKENDS, "auto"):
         raise BackendError(

@@ -21,42 +21,35 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-cllm::JacobiStep jacobi_arguments(uintptr_t window, uintptr_t predictions, uintptr_t output,
-                                  uintptr_t lengths, uintptr_t generated, uintptr_t progress,
-                                  uintptr_t done, uintptr_t limits, uintptr_t stop_ids,
-                                  uintptr_t fill, uintptr_t accepted, int64_t rows, int64_t n,
-                                  int64_t capacity, int64_t stops, int64_t fill_width,
-                                  bool block_mode, bool accept_one) {
-    return {pointer<int64_t>(window),
-            pointer<const int64_t>(predictions),
-            pointer<int64_t>(output),
-            pointer<int64_t>(lengths),
-            pointer<int64_t>(generated),
-            pointer<int64_t>(progress),
-            pointer<bool>(done),
-            pointer<const int64_t>(limits),
-            pointer<const int64_t>(stop_ids),
-            pointer<const int64_t>(fill),
-            pointer<int64_t>(accepted),
-            rows,
-            n,
-            capacity,
-            stops,
-            fill_width,
-            block_mode,
-            accept_one};
-}
-
-int64_t jacobi_step_cpu(uintptr_t window, uintptr_t predictions, uintptr_t output,
-                        uintptr_t lengths, uintptr_t generated, uintptr_t progress, uintptr_t done,
-                        uintptr_t limits, uintptr_t stop_ids, uintptr_t fill, uintptr_t accepted,
-                        int64_t rows, int64_t n, int64_t capacity, int64_t stops,
-                        int64_t fill_width, bool block_mode, bool accept_one, int threads) {
-    const auto step = jacobi_arguments(window, predictions, output, lengths, generated, progress,
-                                       done, limits, stop_ids, fill, accepted, rows, n, capacity,
-                                       stops, fill_width, block_mode, accept_one);
-    py::gil_scoped_release release;
-    return cllm::jacobi_step_cpu(step, threads);
+// One list of arguments for every device: `run` takes the state and then whatever is its own.
+template <typename Result, typename... Rest>
+auto jacobi_step(Result (*run)(const cllm::JacobiStep&, Rest...)) {
+    return [run](uintptr_t window, uintptr_t predictions, uintptr_t output, uintptr_t lengths,
+                 uintptr_t generated, uintptr_t progress, uintptr_t done, uintptr_t limits,
+                 uintptr_t stop_ids, uintptr_t fill, uintptr_t accepted, int64_t rows, int64_t n,
+                 int64_t capacity, int64_t stops, int64_t fill_width, bool block_mode,
+                 bool accept_one, Rest... rest) {
+        const cllm::JacobiStep step{pointer<int64_t>(window),
+                                    pointer<const int64_t>(predictions),
+                                    pointer<int64_t>(output),
+                                    pointer<int64_t>(lengths),
+                                    pointer<int64_t>(generated),
+                                    pointer<int64_t>(progress),
+                                    pointer<bool>(done),
+                                    pointer<const int64_t>(limits),
+                                    pointer<const int64_t>(stop_ids),
+                                    pointer<const int64_t>(fill),
+                                    pointer<int64_t>(accepted),
+                                    rows,
+                                    n,
+                                    capacity,
+                                    stops,
+                                    fill_width,
+                                    block_mode,
+                                    accept_one};
+        py::gil_scoped_release release;
+        return run(step, rest...);
+    };
 }
 
 cllm::Rows rows_argument(uintptr_t data, int dtype, int64_t rows, int64_t inner,
@@ -105,22 +98,13 @@ void running_argmax_exact_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t
 }
 
 #ifdef CLLM_WITH_CUDA
-void jacobi_step_cuda(uintptr_t window, uintptr_t predictions, uintptr_t output, uintptr_t lengths,
-                      uintptr_t generated, uintptr_t progress, uintptr_t done, uintptr_t limits,
-                      uintptr_t stop_ids, uintptr_t fill, uintptr_t accepted, int64_t rows,
-                      int64_t n, int64_t capacity, int64_t stops, int64_t fill_width,
-                      bool block_mode, bool accept_one, int device, uintptr_t stream) {
-    const auto step = jacobi_arguments(window, predictions, output, lengths, generated, progress,
-                                       done, limits, stop_ids, fill, accepted, rows, n, capacity,
-                                       stops, fill_width, block_mode, accept_one);
-    const char* failure = nullptr;
-    {
-        py::gil_scoped_release release;
-        failure = cllm::jacobi_step_cuda(step, device, pointer<void>(stream));
-    }
-    if (failure != nullptr) {
-        throw std::runtime_error(std::string("jacobi_step: the CUDA launch failed: ") + failure);
-    }
+void launched(const char* op, const char* failure) {
+    if (failure == nullptr) return;
+    throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + failure);
+}
+
+void jacobi_step_cuda(const cllm::JacobiStep& step, int device, uintptr_t stream) {
+    launched("jacobi_step", cllm::jacobi_step_cuda(step, device, pointer<void>(stream)));
 }
 #endif
 
@@ -139,7 +123,7 @@ const char* isa_name() {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native kernels of cllm_kernels; addresses and sizes in, no tensors.";
-    module.def("jacobi_step_cpu", &jacobi_step_cpu);
+    module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
     module.def("row_argmax_cpu", &row_argmax_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
@@ -150,6 +134,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("openmp_threads", [] { return 1; });
 #endif
 #ifdef CLLM_WITH_CUDA
-    module.def("jacobi_step_cuda", &jacobi_step_cuda);
+    module.def("jacobi_step_cuda", jacobi_step(&jacobi_step_cuda));
 #endif
 }

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from cllm_kernels._backend import _triton_reason
+import cllm_kernels  # noqa: F401  registers the ops
+from cllm_kernels._backend import _triton_reason, registered
 from cllm_kernels._native import missing_reason
 
 FOLDER = Path(__file__).parent
-FILES = ["test_jacobi_step.py", "test_row_argmax.py", "test_linear_argmax.py"]
+FILES = [f"test_{name}.py" for name in registered()]
 
 
 def run_tests(selection: str, **environment: str) -> None:

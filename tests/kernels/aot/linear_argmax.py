@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from cllm_kernels._triton import FUSION
+from cllm_kernels.linear_argmax.triton_kernel import (
+    linear_argmax_reduce_kernel,
+    linear_argmax_tiles_kernel,
+    tile_shape,
+)
+from tests.kernels.aot import FLOATS
+
+
+def variants():
+    for short, dtype in FLOATS.items():
+        # Decoding's few rows, and the largest tile.
+        for rows in (16, 64) if short != "fp16" else (16,):
+            shape = tile_shape(rows, dtype)
+            tiles = {k: v for k, v in shape.items() if k.startswith("BLOCK")}
+            launch = {k: v for k, v in shape.items() if not k.startswith("BLOCK")}
+            types = {
+                "hidden_ptr": f"*{short}",
+                "weight_ptr": f"*{short}",
+                "bias_ptr": "*fp32",
+                "softcap": "fp32",
+                "value_ptr": "*fp32",
+                "index_ptr": "*i32",
+            }
+            yield (
+                f"linear_argmax tiles {short} rows={rows}",
+                linear_argmax_tiles_kernel,
+                types,
+                {"HAS_BIAS": True, "HAS_CAP": True, **tiles},
+                {**launch, **FUSION},
+            )
+    types = {
+        "tile_value_ptr": "*fp32",
+        "tile_index_ptr": "*i32",
+        "index_ptr": "*i64",
+        "value_ptr": "*fp32",
+    }
+    yield (
+        "linear_argmax reduce",
+        linear_argmax_reduce_kernel,
+        types,
+        {"BLOCK": 256},
+        {"num_warps": 4, **FUSION},
+    )
