@@ -137,6 +137,11 @@ void launched(const char* op, const char* failure) {
 void jacobi_step_cuda(const cllm::JacobiStep& step, int device, uintptr_t stream) {
     launched("jacobi_step", cllm::jacobi_step_cuda(step, device, pointer<void>(stream)));
 }
+
+void consistency_chunk_cuda(const cllm::ConsistencyChunk& chunk, int device, uintptr_t stream) {
+    launched("linear_consistency_loss",
+             cllm::consistency_chunk_cuda(chunk, device, pointer<void>(stream)));
+}
 #endif
 
 const char* isa_name() {
@@ -167,5 +172,6 @@ PYBIND11_MODULE(_C, module) {
 #endif
 #ifdef CLLM_WITH_CUDA
     module.def("jacobi_step_cuda", jacobi_step(&jacobi_step_cuda));
+    module.def("consistency_chunk_cuda", consistency_chunk(&consistency_chunk_cuda));
 #endif
 }

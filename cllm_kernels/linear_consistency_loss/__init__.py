@@ -136,6 +136,8 @@ def linear_consistency_loss(
         weight=grad and weight.requires_grad,
         bias=grad and bias is not None and bias.requires_grad,
     )
+    if not wanted.teacher:  # so that the loss does not claim to depend on it
+        teacher = teacher.detach()
     results = torch.ops.cllm_kernels.linear_consistency_loss.default(
         student, teacher, weight, bias, labels, row_weights, *options, *wanted, recompute
     )

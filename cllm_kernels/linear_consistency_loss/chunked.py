@@ -102,9 +102,11 @@ def linear_consistency_loss(
         last = 2 * count if teacher_half else count
         if first < last:
             gradients.add(head, scores[first:last], pair[first:last], begin, count, first == 0)
-    losses = torch.stack([consistency.sum(), cross_entropy.sum()]) * normalisers
-    loss = losses[0] + options.ar_weight * losses[1]
-    return Results(loss, losses[0], losses[1], *gradients.tensors(), common)
+    # An op's results may not share memory: each is computed into its own.
+    mean_consistency = consistency.sum() * normalisers[0]
+    ar = cross_entropy.sum() * normalisers[1]
+    loss = mean_consistency + options.ar_weight * ar
+    return Results(loss, mean_consistency, ar, *gradients.tensors(), common)
 
 
 def automatic_chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -180,14 +182,16 @@ class _Accumulator:
         wanted: Gradients,
     ):
         self.wanted = wanted
-        nothing = student.new_empty(0)
-        self.student = torch.zeros_like(student) if wanted.student else nothing
-        self.teacher = torch.zeros_like(teacher) if wanted.teacher else nothing
-        self.weight = self.bias = nothing
-        if wanted.weight:
-            self.weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        if wanted.bias and bias is not None:
-            self.bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+
+        def zeros(like: Tensor | None, need: bool, dtype: torch.dtype) -> Tensor:
+            if like is None or not need:
+                return student.new_empty(0)
+            return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+        self.student = zeros(student, wanted.student, student.dtype)
+        self.teacher = zeros(teacher, wanted.teacher, teacher.dtype)
+        self.weight = zeros(weight, wanted.weight, torch.float32)
+        self.bias = zeros(bias, wanted.bias, torch.float32)
 
     def add(
         self,
