@@ -355,7 +355,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple:
     factor = d_loss * common
     # On a CPU it costs nothing to see that there is nothing to multiply; on a GPU it would wait.
     unit = eager(d_loss) and d_loss.device.type == "cpu" and float(factor) == 1.0
-    scaled = []
+    scaled: list[Tensor | None] = []
     for gradient, need, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True):
         if not need:
             scaled.append(None)

@@ -132,9 +132,12 @@ def linear_consistency_loss(
     """The losses and the gradients that are wanted, written out."""
     losses = consistency_loss(student, teacher, weight, bias, labels, row_weights, options)
     _, (student_scale, teacher_scale), common = scales(labels, row_weights, student, options)
-    nothing = [student.new_empty(0) for _ in wanted]
+    unwanted = [student.new_empty(0) for _ in wanted]
+    separate = (losses[0], losses[1].clone(), losses[2].clone())
+    # An op's results may not share memory, and without labels the loss is the consistency term.
+    results = Results._make((*separate, *unwanted, common))
     if not any(wanted):
-        return Results(losses[0], losses[1].clone(), losses[2].clone(), *nothing, common)
+        return results
     student_logits = head(student, weight, bias, options.softcap)
     teacher_logits = head(teacher, weight, bias, options.softcap)
     temperature = options.temperature
@@ -159,13 +162,9 @@ def linear_consistency_loss(
         d_teacher = d_teacher * (1 - (teacher_logits / options.softcap) ** 2)
     wide = weight.to(d_student)
     both = torch.cat([d_student, d_teacher])  # [2M, V]
-    return Results(
-        losses[0],
-        losses[1].clone(),  # without an autoregressive term it is the loss itself
-        losses[2].clone(),
-        (d_student @ wide).to(student.dtype) if wanted.student else nothing[0],
-        (d_teacher @ wide).to(teacher.dtype) if wanted.teacher else nothing[1],
-        both.T @ torch.cat([student, teacher]).to(both) if wanted.weight else nothing[2],
-        both.sum(dim=0) if wanted.bias else nothing[3],
-        common,
+    return results._replace(
+        student=(d_student @ wide).to(student.dtype) if wanted.student else results.student,
+        teacher=(d_teacher @ wide).to(teacher.dtype) if wanted.teacher else results.teacher,
+        weight=both.T @ torch.cat([student, teacher]).to(both) if wanted.weight else results.weight,
+        bias=both.sum(dim=0) if wanted.bias else results.bias,
     )
