@@ -93,11 +93,11 @@ struct Row {
 
 // Sums of a stretch of both rows, relative to its largest logits.
 struct Sums {
-    float s_max = -INFINITY, t_max = -INFINITY;
-    float s_sum = 0.0f, t_sum = 0.0f;  // sum exp((x - max) / temperature)
-    float cross = 0.0f;                // sum exp(..) (t - s) for forward KL, (s - t) for reverse KL
-    float plain = 0.0f;                // sum exp(t - t_max), for a cross-entropy at temperature 1
-    float total = 0.0f;                // sum t
+    float s_max, t_max;
+    float s_sum, t_sum;  // sum exp((x - max) / temperature)
+    float cross;         // sum exp(..) (t - s) for forward KL, (s - t) for reverse KL
+    float plain;         // sum exp(t - t_max), for a cross-entropy at temperature 1
+    float total;         // sum t
 };
 
 // Brings the sums to larger maxima.
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2) consistency_chunk_kernel(Consiste
     const int first = static_cast<int>(threadIdx.x) * kPack;
     float s[kPack], t[kPack];
 
-    Sums sums;
+    Sums sums{-INFINITY, -INFINITY, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
     for (int begin = first; begin < length; begin += kStep) {
         student.load(begin, s);
         teacher.load(begin, t);
