@@ -100,10 +100,11 @@ void running_argmax_exact_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t
 template <typename Result, typename... Rest>
 auto consistency_chunk(Result (*run)(const cllm::ConsistencyChunk&, Rest...)) {
     return [run](uintptr_t student, uintptr_t teacher, uintptr_t row_weights, uintptr_t labels,
-                 uintptr_t scales, uintptr_t consistency, uintptr_t cross_entropy, int dtype,
-                 int64_t rows, int64_t columns, int64_t student_stride, int64_t teacher_stride,
-                 int divergence, float beta, float inverse_temperature, float label_smoothing,
-                 float softcap, bool student_gradient, bool teacher_gradient, Rest... rest) {
+                 uintptr_t scales, uintptr_t consistency, uintptr_t cross_entropy, uintptr_t state,
+                 int stage, int dtype, int64_t rows, int64_t columns, int64_t student_stride,
+                 int64_t teacher_stride, int64_t first, int64_t vocabulary, int divergence,
+                 float beta, float inverse_temperature, float label_smoothing, float softcap,
+                 bool student_gradient, bool teacher_gradient, Rest... rest) {
         const cllm::ConsistencyChunk chunk{pointer<void>(student),
                                            pointer<void>(teacher),
                                            pointer<const float>(row_weights),
@@ -111,11 +112,15 @@ auto consistency_chunk(Result (*run)(const cllm::ConsistencyChunk&, Rest...)) {
                                            pointer<const float>(scales),
                                            pointer<float>(consistency),
                                            pointer<float>(cross_entropy),
+                                           pointer<double>(state),
+                                           static_cast<cllm::Stage>(stage),
                                            static_cast<cllm::Dtype>(dtype),
                                            rows,
                                            columns,
                                            student_stride,
                                            teacher_stride,
+                                           first,
+                                           vocabulary,
                                            static_cast<cllm::Divergence>(divergence),
                                            beta,
                                            inverse_temperature,

@@ -84,6 +84,26 @@ void running_argmax_exact_cpu(const ScoreChunk& chunk, const LinearOperands& ope
 // d(logits) out. cllm_kernels/linear_consistency_loss/reference.py has the formulas.
 enum class Divergence : int { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
 
+// kWhole does everything for whole rows. The others do the same for rows that come in pieces of the
+// vocabulary, with a row's sums kept in between: all pieces for kSums, for the Jensen-Shannon
+// divergence all again for kDivergence, all again for kSlopes, which also gives the losses.
+enum class Stage : int { kWhole = 0, kSums = 1, kDivergence = 2, kSlopes = 3 };
+
+// What is kept of a row between stages, as doubles.
+enum StateField : int {
+    kStudentMax,   // largest student logit so far
+    kStudentSum,   // sum exp((s - max) / temperature)
+    kTeacherMax,   // the teacher's
+    kTeacherSum,   // the teacher's
+    kCross,        // sum exp(..) (t - s) for forward KL, (s - t) for reverse KL
+    kPlain,        // sum exp(t - max), for a cross-entropy at temperature 1
+    kTotal,        // sum t
+    kLabelLogit,   // t at the label
+    kTeacherPart,  // KL(p || m) for the Jensen-Shannon divergence
+    kStudentPart,  // KL(q || m)
+    kStateFields
+};
+
 struct ConsistencyChunk {
     void* student;             // [rows, columns] logits, rows student_stride apart; see below
     void* teacher;             // [rows, columns] logits, rows teacher_stride apart; see below
@@ -92,11 +112,15 @@ struct ConsistencyChunk {
     const float* scales;       // [2], what d(student) and d(teacher) are multiplied by
     float* consistency;        // [rows], written: weight * divergence
     float* cross_entropy;      // [rows], written: 0 where there is no label
-    Dtype dtype;               // of both logits
+    double* state;             // [rows, kStateFields], mutated; null for kWhole
+    Stage stage;
+    Dtype dtype;  // of both logits
     int64_t rows;
     int64_t columns;
     int64_t student_stride;
     int64_t teacher_stride;
+    int64_t first;       // the first column's index in the vocabulary
+    int64_t vocabulary;  // columns of the whole row
     Divergence divergence;
     float beta;
     float inverse_temperature;

@@ -13,34 +13,35 @@ from cllm_kernels._backend import Op, register
 from cllm_kernels._common import FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
 from cllm_kernels.linear_consistency_loss.options import (
     DIVERGENCES,
+    STATE_FIELDS,
     Gradients,
+    Implementation,
     LossOptions,
-    Results,
 )
 
 
 def _reference() -> Any:
     from cllm_kernels.linear_consistency_loss import reference
 
-    return reference.linear_consistency_loss
+    return reference.implementation
 
 
 def _cpp() -> Any:
     from cllm_kernels.linear_consistency_loss import native
 
-    return native.linear_consistency_loss_cpu
+    return native.cpu
 
 
 def _cuda() -> Any:
     from cllm_kernels.linear_consistency_loss import native
 
-    return native.linear_consistency_loss_cuda
+    return native.cuda
 
 
 def _triton() -> Any:
     from cllm_kernels.linear_consistency_loss import triton_kernel
 
-    return triton_kernel.linear_consistency_loss
+    return triton_kernel.implementation
 
 
 OP = register(
@@ -106,8 +107,10 @@ def linear_consistency_loss(
         softcap: a positive number, or None for none.
         chunk_tokens: rows of either side whose logits exist at a time, best a power of two; None:
             chosen from the free memory.
-        recompute: keep no gradients: backward computes the logits again (12 M H V operations, 20
-            with a gradient through `ar`) and nothing of the weight's size is held in between.
+        recompute: keep ten numbers a row instead of gradients, and let backward compute the logits
+            again, piece by piece of the vocabulary (12 M H V operations, 16 with a gradient
+            through `ar`; 4 more for "jsd"). Besides the gradients themselves nothing of the
+            weight's size or of a row's length is ever held.
 
     Returns:
         (loss, consistency, ar), each [] float32 (float64 for float64). Backward goes through `loss`
@@ -126,6 +129,7 @@ def linear_consistency_loss(
         float(ar_weight),
         softcap,
         0 if chunk_tokens is None else chunk_tokens,
+        recompute,
     )
     _check(student, teacher, weight, bias, labels, row_weights, options, chunk_tokens)
     _check_values(weight, labels, row_weights)
@@ -139,7 +143,7 @@ def linear_consistency_loss(
     if not wanted.teacher:  # so that the loss does not claim to depend on it
         teacher = teacher.detach()
     results = torch.ops.cllm_kernels.linear_consistency_loss.default(
-        student, teacher, weight, bias, labels, row_weights, *options, *wanted, recompute
+        student, teacher, weight, bias, labels, row_weights, *options, *wanted
     )
     return results[0], results[1].detach(), results[2].detach()
 
@@ -266,92 +270,106 @@ def _check_values(weight: Tensor, labels: Tensor | None, row_weights: Tensor | N
 _ARGUMENTS = (
     "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? labels, "
     "Tensor? row_weights, str divergence, float beta, float temperature, float label_smoothing, "
-    "float ar_weight, float? softcap, int chunk_tokens, bool student_gradient, "
+    "float ar_weight, float? softcap, int chunk_tokens, bool recompute, bool student_gradient, "
     "bool teacher_gradient, bool weight_gradient, bool bias_gradient"
 )
+_TENSORS, _OPTIONS, _FLAGS = 6, len(LossOptions._fields), len(Gradients._fields)
 LIBRARY.define(
-    f"linear_consistency_loss({_ARGUMENTS}, bool recompute) -> (Tensor loss, Tensor consistency, "
-    "Tensor ar, Tensor d_student, Tensor d_teacher, Tensor d_weight, Tensor d_bias, Tensor common)",
+    f"linear_consistency_loss({_ARGUMENTS}) -> (Tensor loss, Tensor consistency, Tensor ar, "
+    "Tensor d_student, Tensor d_teacher, Tensor d_weight, Tensor d_bias, Tensor common, "
+    "Tensor state)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What backward runs where nothing was kept.
 LIBRARY.define(
-    f"linear_consistency_loss_gradients({_ARGUMENTS}) -> (Tensor d_student, Tensor d_teacher, "
-    "Tensor d_weight, Tensor d_bias, Tensor common)",
+    f"linear_consistency_loss_gradients({_ARGUMENTS}, Tensor state, Tensor d_loss) -> "
+    "(Tensor d_student, Tensor d_teacher, Tensor d_weight, Tensor d_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_TENSORS, _OPTIONS = 6, len(LossOptions._fields)
 
 
-def _run(arguments: tuple, wanted: Gradients) -> Results:
-    tensors, numbers = arguments[:_TENSORS], arguments[_TENSORS : _TENSORS + _OPTIONS]
-    student = tensors[0]
-    implementation = OP.resolve(student.device)
+def _unpacked(arguments: tuple) -> tuple[list[Tensor | None], LossOptions, Gradients]:
+    tensors = [None if tensor is None else tensor.detach() for tensor in arguments[:_TENSORS]]
+    numbers = arguments[_TENSORS : _TENSORS + _OPTIONS]
+    flags = arguments[_TENSORS + _OPTIONS : _TENSORS + _OPTIONS + _FLAGS]
+    return tensors, LossOptions(*numbers), Gradients(*flags)
+
+
+def _implementation(student: Tensor) -> Implementation:
     if student.dtype is torch.float64:
-        implementation = OP.in_float64(student.device)
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-    return implementation(*detached, LossOptions(*numbers), wanted)
+        return OP.in_float64(student.device)
+    return OP.resolve(student.device)
 
 
-def _dispatched(*arguments: Any) -> tuple[Tensor, ...]:
-    *flags, recompute = arguments[_TENSORS + _OPTIONS :]
-    wanted = Gradients(False, False, False, False) if recompute else Gradients(*flags)
-    return tuple(_run(arguments, wanted))
+def _losses(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, options, wanted = _unpacked(arguments)
+    implementation = _implementation(arguments[0])
+    return tuple(implementation.losses(*tensors, options=options, wanted=wanted))
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_run(arguments, Gradients(*arguments[_TENSORS + _OPTIONS :])))[3:]
+    tensors, options, wanted = _unpacked(arguments)
+    implementation = _implementation(arguments[0])
+    return implementation.gradients(*tensors, options, wanted, *arguments[-2:])
 
 
-def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    student, teacher, weight, bias = arguments[:4]
-    wanted = Gradients(*arguments[_TENSORS + _OPTIONS :])
+def _fake_losses(*arguments: Any) -> tuple[Tensor, ...]:
+    (student, teacher, weight, bias, *_), options, wanted = _unpacked(arguments)
+    assert student is not None and teacher is not None and weight is not None
     wide = torch.promote_types(student.dtype, torch.float32)
+    if options.recompute:
+        wanted = Gradients(False, False, False, False)
+
+    def fake(like: Tensor | None, need: bool, dtype: torch.dtype) -> Tensor:
+        if like is None or not need:
+            return student.new_empty(0)
+        return student.new_empty(like.shape, dtype=dtype)
+
+    losses = [student.new_empty((), dtype=wide) for _ in range(3)]
+    state = (student.shape[0], STATE_FIELDS) if options.recompute else (0,)
     return (
-        student.new_empty(student.shape if wanted.student else (0,)),
-        student.new_empty(teacher.shape if wanted.teacher else (0,)),
-        _fake_wide(student, weight.shape if wanted.weight else None, wide),
-        _fake_wide(student, bias.shape if wanted.bias else None, wide),
+        *losses,
+        fake(student, wanted.student, student.dtype),
+        fake(teacher, wanted.teacher, student.dtype),
+        fake(weight, wanted.weight, wide),
+        fake(bias, wanted.bias, wide),
         student.new_empty((), dtype=wide),
+        student.new_empty(state, dtype=torch.float64),
     )
 
 
-def _fake_wide(student: Tensor, shape: Any, wide: torch.dtype) -> Tensor:
-    return student.new_empty(0) if shape is None else student.new_empty(shape, dtype=wide)
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *rest, recompute = arguments
-    if recompute:
-        rest[_TENSORS + _OPTIONS :] = [False] * 4
-    student = arguments[0]
-    wide = torch.promote_types(student.dtype, torch.float32)
-    losses = [student.new_empty((), dtype=wide) for _ in range(3)]
-    return (*losses, *_fake_gradients(*rest))
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, _, wanted = _unpacked(arguments)
+    return tuple(
+        arguments[0].new_empty(0) if tensor is None or not need else torch.empty_like(tensor)
+        for tensor, need in zip(tensors[:_FLAGS], wanted, strict=True)
+    )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *rest, recompute = inputs
+    _, options, ctx.wanted = _unpacked(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:4]]
-    ctx.wanted = Gradients(*rest[_TENSORS + _OPTIONS :])
-    ctx.again = None
-    if recompute:
-        ctx.again = rest[_TENSORS:]
-        ctx.save_for_backward(*rest[:_TENSORS])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:_FLAGS]]
+    ctx.again = inputs[_TENSORS:] if options.recompute else None
+    if options.recompute:
+        ctx.save_for_backward(*inputs[:_TENSORS], output[-1])
     else:
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(*output[3:8])
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple:
-    nothing = (None,) * (_TENSORS + _OPTIONS + 5 - 4)
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (_TENSORS + _OPTIONS)
     if d_loss is None:
-        return (None, None, None, None, *nothing)
-    kept = ctx.saved_tensors
+        return (None,) * _FLAGS + rest
     if ctx.again is not None:
-        kept = torch.ops.cllm_kernels.linear_consistency_loss_gradients.default(*kept, *ctx.again)
-    *gradients, common = kept
+        *operands, state = ctx.saved_tensors
+        gradients = torch.ops.cllm_kernels.linear_consistency_loss_gradients.default(
+            *operands, *ctx.again, state, d_loss
+        )
+        needed = zip(gradients, ctx.wanted, strict=True)
+        return (*(gradient if need else None for gradient, need in needed), *rest)
+    *gradients, common = ctx.saved_tensors
     factor = d_loss * common
     # On a CPU it costs nothing to see that there is nothing to multiply; on a GPU it would wait.
     unit = eager(d_loss) and d_loss.device.type == "cpu" and float(factor) == 1.0
@@ -361,12 +379,12 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple:
             scaled.append(None)
         else:
             scaled.append(gradient.to(dtype) if unit else (gradient * factor).to(dtype))
-    return (*scaled, *nothing)
+    return (*scaled, *rest)
 
 
-LIBRARY.impl("linear_consistency_loss", _dispatched, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_consistency_loss", _losses, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_consistency_loss_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("cllm_kernels::linear_consistency_loss", _fake, lib=LIBRARY)
+torch.library.register_fake("cllm_kernels::linear_consistency_loss", _fake_losses, lib=LIBRARY)
 torch.library.register_fake(
     "cllm_kernels::linear_consistency_loss_gradients", _fake_gradients, lib=LIBRARY
 )

@@ -1,4 +1,4 @@
-"""The driver of linear_consistency_loss: chunks of tokens, the vendor's matmuls, gradients kept.
+"""linear_consistency_loss by chunks of tokens: the vendor's matmuls, gradients beside the losses.
 
 A chunk's student and teacher rows stand behind each other, so that one matmul makes the logits of
 both and one each takes d(logits) to the hidden states and to the weight. Logits exist for one chunk
@@ -8,45 +8,19 @@ at a time; between them works a pass over the logits in place, which is all that
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from cllm_kernels._matmul import fast_cpu_matmul
+from cllm_kernels.linear_consistency_loss.chunk import Chunk, Pass
+from cllm_kernels.linear_consistency_loss.head import Head, add_product
 from cllm_kernels.linear_consistency_loss.options import Gradients, LossOptions, Results, scales
 
-# Rows of the weight that are multiplied at once on a CPU, where 16-bit weights without matrix
-# instructions are widened to fp32 piece by piece.
-_CPU_PIECE = 4096
 _CPU_BUDGET = 64 << 20  # bytes of logits: larger chunks gain little there
 _LONGEST = {"cpu": 512, "cuda": 2048}  # tokens: from here on matmuls gain nothing
 
 
-@dataclass
-class Chunk:
-    """What the in-place pass of a backend gets.
-
-    With a gradient wanted, the logits are replaced by the loss's derivative with respect to them.
-    """
-
-    student: Tensor  # [C, V] logits, mutated
-    teacher: Tensor  # [C, V] logits, mutated
-    row_weights: Tensor  # [C] float32
-    labels: Tensor | None  # [C] int64, negative where there is none
-    scales: Tensor  # [2] float32, for d(student) and d(teacher)
-    consistency: Tensor  # [C] float32, written
-    cross_entropy: Tensor  # [C] float32, written
-    student_gradient: bool
-    teacher_gradient: bool
-
-
-Pass = Callable[[Chunk, LossOptions], None]
-
-
-def linear_consistency_loss(
+def losses(
     student: Tensor,  # [M, H]
     teacher: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
@@ -73,7 +47,7 @@ def linear_consistency_loss(
     student_half = wanted.student or shared
     teacher_half = labels is not None and (wanted.teacher or shared)
 
-    head = _Head(weight, bias)
+    head = Head(weight, bias)
     size = options.chunk_tokens or automatic_chunk(rows, vocabulary, head.dtype, device)
     size = min(size, max(rows, 1))
     logits = torch.empty(2 * size, vocabulary, dtype=head.dtype, device=device)
@@ -106,10 +80,17 @@ def linear_consistency_loss(
     mean_consistency = consistency.sum() * normalisers[0]
     ar = cross_entropy.sum() * normalisers[1]
     loss = mean_consistency + options.ar_weight * ar
-    return Results(loss, mean_consistency, ar, *gradients.tensors(), common)
+    unneeded = student.new_empty(0, dtype=torch.float64)
+    return Results(loss, mean_consistency, ar, *gradients.tensors(), common, unneeded)
 
 
-def automatic_chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def automatic_chunk(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    longest: dict[str, int] | None = None,
+) -> int:
     """Tokens a chunk: a power of two whose logits take at most an eighth of the free memory.
 
     Fixed by token count, not by hidden size: chunks of a few tokens starve the matmuls.
@@ -120,8 +101,9 @@ def automatic_chunk(rows: int, vocabulary: int, dtype: torch.dtype, device: torc
         budget = (free + held) // 8
     else:
         budget = min(_CPU_BUDGET, _free_memory() // 8)
-    fits = budget // (2 * vocabulary * dtype.itemsize)
-    fits = max(1, min(fits, _LONGEST.get(device.type, 512), 1 << max(rows - 1, 0).bit_length()))
+    fits = budget // (2 * columns * dtype.itemsize)
+    most = (longest or _LONGEST).get(device.type, 512)
+    fits = max(1, min(fits, most, 1 << max(rows - 1, 0).bit_length()))
     return 1 << (fits.bit_length() - 1)
 
 
@@ -130,44 +112,6 @@ def _free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # macOS has no such count
         return 8 * _CPU_BUDGET
-
-
-class _Head:
-    """The language-model head as the matmuls see it: whole, or widened piece by piece."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight = weight  # [V, H]
-        self.bias = bias  # [V]
-        self.dtype = weight.dtype
-        self.piece = weight.shape[0]
-        self.widened: Tensor | None = None
-        if weight.device.type != "cpu":
-            return
-        if weight.dtype is torch.float32:
-            self.piece = min(_CPU_PIECE, weight.shape[0])
-        elif not fast_cpu_matmul(weight.dtype):
-            self.piece = min(_CPU_PIECE, weight.shape[0])
-            self.dtype = torch.float32
-            self.widened = torch.empty(self.piece, weight.shape[1])
-        if bias is not None:
-            self.bias = bias.to(self.dtype)
-
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of the logits, those rows of the weight)."""
-        for first in range(0, self.weight.shape[0], self.piece):
-            columns = slice(first, min(first + self.piece, self.weight.shape[0]))
-            part = self.weight[columns]
-            if self.widened is not None:
-                part = self.widened[: len(part)].copy_(part)
-            yield columns, part
-
-    def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """hidden [R, H] @ weight.T + bias into out [R, V]."""
-        for columns, part in self.pieces():
-            if self.bias is None:
-                torch.mm(hidden, part.t(), out=out[:, columns])
-            else:
-                torch.addmm(self.bias[columns], hidden, part.t(), out=out[:, columns])
 
 
 class _Accumulator:
@@ -195,7 +139,7 @@ class _Accumulator:
 
     def add(
         self,
-        head: _Head,
+        head: Head,
         slopes: Tensor,  # [R, V] d(logits): the student's rows, the teacher's, or both
         hidden: Tensor,  # [R, H], the rows that the slopes belong to
         begin: int,
@@ -217,7 +161,7 @@ class _Accumulator:
                     else:
                         d_hidden.addmm_(piece, part)
                 if self.wanted.weight:
-                    _add_product(self.weight[columns], piece.t(), hidden)
+                    add_product(self.weight[columns], piece.t(), hidden)
         if d_hidden is None:
             return
         if has_student and self.wanted.student:
@@ -228,30 +172,3 @@ class _Accumulator:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student, self.teacher, self.weight, self.bias
-
-
-def _add_product(
-    total: Tensor,  # [V, H] float32, mutated
-    left: Tensor,  # [V, R]
-    right: Tensor,  # [R, H]
-) -> None:
-    """total += left @ right, summed and kept in fp32 whatever the operands' dtype."""
-    if left.dtype is torch.float32:
-        total.addmm_(left, right)
-    elif total.device.type == "cpu":
-        total += left @ right
-    elif _adds_in_fp32(total.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total += torch.mm(left, right, out_dtype=torch.float32)
-
-
-@cache
-def _adds_in_fp32(device: torch.device) -> bool:
-    """Whether this torch adds a 16-bit product to an fp32 matrix; some want equal dtypes."""
-    small = torch.zeros(16, 16, device=device)
-    try:
-        torch.addmm(small, small.half(), small.half(), out_dtype=torch.float32, out=small)
-    except RuntimeError:
-        return False
-    return True

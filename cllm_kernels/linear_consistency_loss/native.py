@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from cllm_kernels._common import DTYPE_CODES
 from cllm_kernels._native import native_module
-from cllm_kernels.linear_consistency_loss import chunked
-from cllm_kernels.linear_consistency_loss.chunked import Chunk
+from cllm_kernels.linear_consistency_loss.chunk import Chunk
+from cllm_kernels.linear_consistency_loss.drivers import driven_by
 from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
 
 _C = native_module()
@@ -26,11 +24,15 @@ def _arguments(chunk: Chunk, options: LossOptions) -> tuple:
         chunk.scales.data_ptr(),
         chunk.consistency.data_ptr(),
         chunk.cross_entropy.data_ptr(),
+        0 if chunk.state is None else chunk.state.data_ptr(),
+        int(chunk.stage),
         DTYPE_CODES[student.dtype],
         rows,
         columns,
         student.stride(0),
         teacher.stride(0),
+        chunk.first,
+        chunk.vocabulary or columns,
         DIVERGENCES.index(options.divergence),
         options.beta,
         1.0 / options.temperature,
@@ -51,5 +53,5 @@ def _pass_cuda(chunk: Chunk, options: LossOptions) -> None:
     _C.consistency_chunk_cuda(*_arguments(chunk, options), device.index, stream)
 
 
-linear_consistency_loss_cpu = partial(chunked.linear_consistency_loss, in_place=_pass_cpu)
-linear_consistency_loss_cuda = partial(chunked.linear_consistency_loss, in_place=_pass_cuda)
+cpu = driven_by(_pass_cpu)
+cuda = driven_by(_pass_cuda)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class LossOptions(NamedTuple):
     ar_weight: float
     softcap: float | None
     chunk_tokens: int  # 0: chosen from free memory
+    recompute: bool
 
 
 class Gradients(NamedTuple):
@@ -32,20 +34,40 @@ class Gradients(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a backend returns.
+    """The losses of a call, and the gradients that were made beside them.
 
     Gradients are those of the loss divided by `common`, [0] where none was wanted; fp16 keeps them
     in range this way (see `scales`).
     """
 
-    loss: Tensor  # [] float32
-    consistency: Tensor  # [] float32
-    ar: Tensor  # [] float32
+    loss: Tensor  # [] float32 or wider
+    consistency: Tensor  # [] float32 or wider
+    ar: Tensor  # [] float32 or wider
     student: Tensor  # [M, H] of student's dtype, or [0]
     teacher: Tensor  # [M, H] of student's dtype, or [0]
     weight: Tensor  # [V, H] float32 or wider, or [0]
     bias: Tensor  # [V] float32 or wider, or [0]
-    common: Tensor  # [] float32
+    common: Tensor  # [] float32 or wider
+    state: Tensor  # [M, STATE_FIELDS] float64 for `gradients` with recompute, else [0]
+
+
+class Implementation(NamedTuple):
+    """A backend: `losses` makes the losses and, unless they are to be recomputed, the gradients;
+    `gradients` makes those from the state that `losses` left.
+
+        losses(student, teacher, weight, bias, labels, row_weights, options, wanted) -> Results
+        gradients(student, .., wanted, state, d_loss) -> (d_student, d_teacher, d_weight, d_bias)
+
+    The latter are the operands' own gradients, in their dtypes, for a loss whose gradient is
+    d_loss []; [0] where none is wanted.
+    """
+
+    losses: Callable[..., Results]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+# What is kept of a row between the sweeps of recomputation: enum StateField in csrc/ops.h.
+STATE_FIELDS = 10
 
 
 def scales(

@@ -1,8 +1,8 @@
 """linear_consistency_loss in plain PyTorch: the definition that every other backend is tested
 against. Logits are whole here.
 
-`consistency_loss` is the loss alone, differentiable by autograd; `linear_consistency_loss` writes
-its derivative out, because an op's implementation runs below autograd. Tests hold them together.
+`consistency_loss` is the loss alone, differentiable by autograd; `losses` writes its derivative
+out, because an op's implementation runs below autograd. Tests hold them together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from cllm_kernels.linear_consistency_loss.options import Gradients, LossOptions, Results, scales
+from cllm_kernels.linear_consistency_loss.options import (
+    STATE_FIELDS,
+    Gradients,
+    Implementation,
+    LossOptions,
+    Results,
+    scales,
+)
 
 
 def divergence_rows(
@@ -119,7 +126,7 @@ def student_slopes(
     return share * q * (gap - (q * gap).sum(dim=-1, keepdim=True))
 
 
-def linear_consistency_loss(
+def losses(
     student: Tensor,  # [M, H]
     teacher: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
@@ -130,13 +137,15 @@ def linear_consistency_loss(
     wanted: Gradients,
 ) -> Results:
     """The losses and the gradients that are wanted, written out."""
-    losses = consistency_loss(student, teacher, weight, bias, labels, row_weights, options)
+    values = consistency_loss(student, teacher, weight, bias, labels, row_weights, options)
     _, (student_scale, teacher_scale), common = scales(labels, row_weights, student, options)
     unwanted = [student.new_empty(0) for _ in wanted]
-    separate = (losses[0], losses[1].clone(), losses[2].clone())
+    separate = (values[0], values[1].clone(), values[2].clone())
     # An op's results may not share memory, and without labels the loss is the consistency term.
-    results = Results._make((*separate, *unwanted, common))
-    if not any(wanted):
+    fields = (len(student), STATE_FIELDS) if options.recompute else (0,)
+    state = student.new_zeros(fields, dtype=torch.float64)
+    results = Results._make((*separate, *unwanted, common, state))
+    if options.recompute or not any(wanted):
         return results
     student_logits = head(student, weight, bias, options.softcap)
     teacher_logits = head(teacher, weight, bias, options.softcap)
@@ -168,3 +177,30 @@ def linear_consistency_loss(
         weight=both.T @ torch.cat([student, teacher]).to(both) if wanted.weight else results.weight,
         bias=both.sum(dim=0) if wanted.bias else results.bias,
     )
+
+
+def gradients(
+    student: Tensor,  # [M, H]
+    teacher: Tensor,  # [M, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor | None,  # [M]
+    row_weights: Tensor | None,  # [M]
+    options: LossOptions,
+    wanted: Gradients,
+    state: Tensor,  # [M, STATE_FIELDS], not needed here
+    d_loss: Tensor,  # []
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, once more and scaled."""
+    operands = (student, teacher, weight, bias, labels, row_weights)
+    found = losses(*operands, options=options._replace(recompute=False), wanted=wanted)
+    factor = d_loss * found.common
+    return (
+        (found.student * factor).to(student.dtype),
+        (found.teacher * factor).to(teacher.dtype),
+        (found.weight * factor).to(weight.dtype),
+        (found.bias * factor).to(student.dtype if bias is None else bias.dtype),
+    )
+
+
+implementation = Implementation(losses, gradients)

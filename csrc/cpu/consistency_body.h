@@ -77,16 +77,10 @@ struct Float16 {
     static void store(uint16_t* data, Vec x) { Simd::store_f16(data, x); }
 };
 
-// Sums of one row of logits under its running maximum.
-struct Sums {
-    double largest = -__builtin_inf();
-    double exponentials = 0.0;  // sum exp((x - largest) / temperature)
-    double untempered =
-        0.0;  // sum exp(x - largest), where a cross-entropy at temperature 1 needs it
-
-    // The number that the exponentials are taken relative to: a row of -inf has no finite maximum.
-    float reference() const { return largest == -__builtin_inf() ? 0.0f : float(largest); }
-};
+// The number that exponentials are taken relative to: a row of -inf has no finite maximum.
+inline float reference_of(double largest) {
+    return largest == -__builtin_inf() ? 0.0f : float(largest);
+}
 
 template <typename Type, Divergence kDivergence>
 class RowPass {
@@ -97,23 +91,36 @@ class RowPass {
           student_(static_cast<Element*>(chunk.student) + row * chunk.student_stride),
           teacher_(static_cast<Element*>(chunk.teacher) + row * chunk.teacher_stride),
           weight_(chunk.row_weights[row]),
-          label_(chunk.labels == nullptr ? -1 : chunk.labels[row]),
-          tempered_(chunk.inverse_temperature != 1.0f) {}
+          label_(chunk.labels == nullptr || chunk.labels[row] < 0 ? -1 : chunk.labels[row]),
+          divergence_wanted_(weight_ != 0.0f),
+          labelled_(label_ >= 0),
+          tempered_(labelled_ && chunk.inverse_temperature != 1.0f) {
+        double whole[kStateFields] = {};
+        whole[kStudentMax] = whole[kTeacherMax] = -__builtin_inf();
+        double* const kept = chunk.state == nullptr ? nullptr : chunk.state + row * kStateFields;
+        __builtin_memcpy(state_, kept == nullptr ? whole : kept, sizeof state_);
+    }
 
     void run() {
-        const bool divergence = weight_ != 0.0f;
-        const bool labelled = label_ >= 0;
-        if (divergence || labelled) {
-            gather(divergence, labelled);
-            if (divergence && kDivergence == Divergence::kJsd) gather_jsd();
+        const Stage stage = chunk_.stage;
+        const bool whole = stage == Stage::kWhole, idle = !divergence_wanted_ && !labelled_;
+        if ((whole || stage == Stage::kSums) && !idle) gather();
+        const bool mixture = kDivergence == Divergence::kJsd && divergence_wanted_;
+        if ((whole && mixture) || stage == Stage::kDivergence) {
+            finish_sums();
+            if (mixture) gather_mixture();
         }
-        chunk_.consistency[row_] = divergence ? weight_ * divergence_ : 0.0f;
-        chunk_.cross_entropy[row_] = labelled ? cross_entropy_ : 0.0f;
-        const bool student = chunk_.student_gradient && divergence;
-        const bool teacher = chunk_.teacher_gradient && labelled;
+        if (stage == Stage::kSums || stage == Stage::kDivergence) {
+            __builtin_memcpy(chunk_.state + row_ * kStateFields, state_, sizeof state_);
+            return;
+        }
+        finish_sums();
+        finish_losses();
+        const bool student = chunk_.student_gradient && divergence_wanted_;
+        const bool teacher = chunk_.teacher_gradient && labelled_;
         if (student || teacher) scatter(student, teacher);
-        if (chunk_.student_gradient && !divergence) clear(student_);
-        if (chunk_.teacher_gradient && !labelled) clear(teacher_);
+        if (chunk_.student_gradient && !divergence_wanted_) clear(student_);
+        if (chunk_.teacher_gradient && !labelled_) clear(teacher_);
     }
 
   private:
@@ -142,48 +149,43 @@ class RowPass {
         return Simd::mul(tanh_of(scaled), Simd::fill(chunk_.softcap));
     }
 
-    // Folds the new block's maximum into the sums so far.
-    template <typename... Extra>
-    void raise(Sums& sums, const float* buffer, int64_t padded, Extra&... extra) const {
+    // Takes a block's maximum into `largest`; by how much that falls short of the new one, which is
+    // what exponentials relative to it must shrink by (-inf for the first block).
+    double raise(double& largest, const float* buffer, int64_t padded) const {
         Vec high = Simd::fill(-__builtin_inff());
         for (int64_t i = 0; i < padded; i += kWidth) high = Simd::max(Simd::load(buffer + i), high);
         const double block = Simd::reduce_max(high);
-        if (!(block > sums.largest)) return;
-        const double gap = sums.largest - block;  // -inf the first time
-        const double factor = __builtin_exp(gap * chunk_.inverse_temperature);
-        sums.exponentials *= factor;
-        ((extra *= factor), ...);
-        sums.untempered *= __builtin_exp(gap);
-        sums.largest = block;
+        if (!(block > largest)) return 0.0;
+        const double gap = largest - block;
+        largest = block;
+        return gap;
     }
 
-    void gather(bool divergence, bool labelled) {
+    void gather() {
         alignas(64) float s_buffer[kBlock], t_buffer[kBlock];
-        Sums student, teacher;
-        double weighted = 0.0;  // sum exp(..) * (t - s) for forward KL, (s - t) for reverse KL
-        double logits = 0.0;    // sum t
         const Vec inverse = Simd::fill(chunk_.inverse_temperature);
-        const bool untempered = labelled && tempered_;
+        const Vec zero = Simd::fill(0.0f);
         for (int64_t begin = 0; begin < chunk_.columns; begin += kBlock) {
             const int64_t left = chunk_.columns - begin, count = left < kBlock ? left : kBlock;
             const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
             widen(teacher_, begin, count, t_buffer);
-            if (kDivergence == Divergence::kForwardKl) {
-                raise(teacher, t_buffer, padded, weighted);
-            } else {
-                raise(teacher, t_buffer, padded);
+            if (const double gap = raise(state_[kTeacherMax], t_buffer, padded)) {
+                const double factor = __builtin_exp(gap * chunk_.inverse_temperature);
+                state_[kTeacherSum] *= factor;
+                if (kDivergence == Divergence::kForwardKl) state_[kCross] *= factor;
+                state_[kPlain] *= __builtin_exp(gap);
             }
-            const Vec t_reference = Simd::fill(teacher.reference());
-            Vec t_sum = Simd::fill(0.0f), plain = t_sum, total = t_sum;
-            if (divergence) {
+            const Vec t_reference = Simd::fill(reference_of(state_[kTeacherMax]));
+            Vec t_sum = zero;
+            if (divergence_wanted_) {
                 widen(student_, begin, count, s_buffer);
-                if (kDivergence == Divergence::kReverseKl) {
-                    raise(student, s_buffer, padded, weighted);
-                } else {
-                    raise(student, s_buffer, padded);
+                if (const double gap = raise(state_[kStudentMax], s_buffer, padded)) {
+                    const double factor = __builtin_exp(gap * chunk_.inverse_temperature);
+                    state_[kStudentSum] *= factor;
+                    if (kDivergence == Divergence::kReverseKl) state_[kCross] *= factor;
                 }
-                const Vec s_reference = Simd::fill(student.reference());
-                Vec s_sum = t_sum, cross = t_sum;
+                const Vec s_reference = Simd::fill(reference_of(state_[kStudentMax]));
+                Vec s_sum = zero, cross = zero;
                 for (int64_t i = 0; i < padded; i += kWidth) {
                     const Vec s = Simd::load(s_buffer + i), t = Simd::load(t_buffer + i);
                     const Vec q = exp_of(Simd::mul(Simd::sub(s, s_reference), inverse));
@@ -199,69 +201,70 @@ class RowPass {
                         cross = Simd::add(cross, Simd::zero_unless(q, term));
                     }
                 }
-                student.exponentials += Simd::reduce_add(s_sum);
-                weighted += Simd::reduce_add(cross);
+                state_[kStudentSum] += Simd::reduce_add(s_sum);
+                state_[kCross] += Simd::reduce_add(cross);
             } else {
                 for (int64_t i = 0; i < padded; i += kWidth) {
-                    const Vec t = Simd::load(t_buffer + i);
-                    t_sum = Simd::add(t_sum, exp_of(Simd::mul(Simd::sub(t, t_reference), inverse)));
+                    const Vec gap = Simd::sub(Simd::load(t_buffer + i), t_reference);
+                    t_sum = Simd::add(t_sum, exp_of(Simd::mul(gap, inverse)));
                 }
             }
-            teacher.exponentials += Simd::reduce_add(t_sum);
-            if (untempered) {
-                for (int64_t i = 0; i < padded; i += kWidth) {
-                    const Vec t = Simd::load(t_buffer + i);
-                    plain = Simd::add(plain, exp_of(Simd::sub(t, t_reference)));
-                }
-                teacher.untempered += Simd::reduce_add(plain);
-            }
-            if (labelled && chunk_.label_smoothing != 0.0f) {
-                for (int64_t i = count; i < padded; ++i) t_buffer[i] = 0.0f;
-                for (int64_t i = 0; i < padded; i += kWidth) {
-                    total = Simd::add(total, Simd::load(t_buffer + i));
-                }
-                logits += Simd::reduce_add(total);
-            }
+            state_[kTeacherSum] += Simd::reduce_add(t_sum);
+            if (labelled_) gather_label(t_buffer, begin, count, padded, t_reference);
         }
-        finish(student, teacher, weighted, logits, divergence, labelled);
     }
 
-    void finish(const Sums& student, const Sums& teacher, double weighted, double logits,
-                bool divergence, bool labelled) {
+    // What the cross-entropy needs of a block of the teacher's logits.
+    void gather_label(float* t_buffer, int64_t begin, int64_t count, int64_t padded,
+                      Vec t_reference) {
+        const int64_t place = label_ - chunk_.first - begin;
+        if (place >= 0 && place < count) state_[kLabelLogit] = t_buffer[place];
+        if (tempered_) {
+            Vec plain = Simd::fill(0.0f);
+            for (int64_t i = 0; i < padded; i += kWidth) {
+                plain = Simd::add(plain, exp_of(Simd::sub(Simd::load(t_buffer + i), t_reference)));
+            }
+            state_[kPlain] += Simd::reduce_add(plain);
+        }
+        if (chunk_.label_smoothing != 0.0f) {
+            for (int64_t i = count; i < padded; ++i) t_buffer[i] = 0.0f;
+            Vec total = Simd::fill(0.0f);
+            for (int64_t i = 0; i < padded; i += kWidth) {
+                total = Simd::add(total, Simd::load(t_buffer + i));
+            }
+            state_[kTotal] += Simd::reduce_add(total);
+        }
+    }
+
+    // From the complete sums, what probabilities are made of.
+    void finish_sums() {
+        s_reference_ = reference_of(state_[kStudentMax]);
+        t_reference_ = reference_of(state_[kTeacherMax]);
+        s_inverse_ = float(1.0 / state_[kStudentSum]);
+        t_inverse_ = float(1.0 / state_[kTeacherSum]);
+        plain_sum_ = tempered_ ? state_[kPlain] : state_[kTeacherSum];
+        shift_ = __builtin_log(state_[kStudentSum]) - __builtin_log(state_[kTeacherSum]);
+    }
+
+    void finish_losses() {
         const double inverse = chunk_.inverse_temperature;
-        t_reference_ = teacher.reference();
-        t_inverse_ = float(1.0 / teacher.exponentials);
-        t_log_sum_ = double(t_reference_) * inverse + __builtin_log(teacher.exponentials);
-        if (divergence) {
-            s_reference_ = student.reference();
-            s_inverse_ = float(1.0 / student.exponentials);
-            s_log_sum_ = double(s_reference_) * inverse + __builtin_log(student.exponentials);
-            if (kDivergence == Divergence::kForwardKl) {
-                const double expectation = weighted * inverse / teacher.exponentials;
-                divergence_ = float(expectation - t_log_sum_ + s_log_sum_);
-            } else if (kDivergence == Divergence::kReverseKl) {
-                const double expectation = weighted * inverse / student.exponentials;
-                divergence_ = float(expectation - s_log_sum_ + t_log_sum_);
-            }
+        // log sum exp(s / temperature) - log sum exp(t / temperature)
+        const double gap = (double(s_reference_) - double(t_reference_)) * inverse + shift_;
+        if (kDivergence == Divergence::kForwardKl) {
+            divergence_ = float(state_[kCross] * inverse / state_[kTeacherSum] + gap);
+        } else if (kDivergence == Divergence::kReverseKl) {
+            divergence_ = float(state_[kCross] * inverse / state_[kStudentSum] - gap);
+        } else {
+            q_divergence_ = float(state_[kStudentPart]);
+            divergence_ = float(chunk_.beta * state_[kTeacherPart] +
+                                (1.0 - chunk_.beta) * state_[kStudentPart]);
         }
-        if (labelled) {
-            const double sum = tempered_ ? teacher.untempered : teacher.exponentials;
-            plain_inverse_ = float(1.0 / sum);
-            const double smoothing = chunk_.label_smoothing;
-            const int64_t whole = label_ / kWidth * kWidth;
-            alignas(64) float around[kWidth];
-            widen(teacher_, whole, remaining(whole), around);
-            label_logit_ = around[label_ - whole];
-            double loss = double(t_reference_) + __builtin_log(sum);
-            loss -= (1.0 - smoothing) * label_logit_;
-            if (smoothing != 0.0) loss -= smoothing * logits / double(chunk_.columns);
-            cross_entropy_ = float(loss);
-        }
-    }
-
-    int64_t remaining(int64_t begin) const {
-        const int64_t left = chunk_.columns - begin;
-        return left < kWidth ? left : kWidth;
+        chunk_.consistency[row_] = divergence_wanted_ ? weight_ * divergence_ : 0.0f;
+        const double smoothing = chunk_.label_smoothing;
+        double loss = double(t_reference_) + __builtin_log(plain_sum_);
+        loss -= (1.0 - smoothing) * state_[kLabelLogit];
+        if (smoothing != 0.0) loss -= smoothing * state_[kTotal] / double(chunk_.vocabulary);
+        chunk_.cross_entropy[row_] = labelled_ ? float(loss) : 0.0f;
     }
 
     // log(q / m) and log(p / m) of the mixture m = beta p + (1 - beta) q, from d = log p - log q:
@@ -287,14 +290,11 @@ class RowPass {
         const Vec t_gap = Simd::mul(Simd::sub(t, Simd::fill(t_reference_)), inverse);
         q = Simd::mul(exp_of(s_gap), Simd::fill(s_inverse_));
         p = Simd::mul(exp_of(t_gap), Simd::fill(t_inverse_));
-        const float shift = float((s_log_sum_ - s_reference_ * double(chunk_.inverse_temperature)) -
-                                  (t_log_sum_ - t_reference_ * double(chunk_.inverse_temperature)));
-        difference = Simd::add(Simd::sub(t_gap, s_gap), Simd::fill(shift));
+        difference = Simd::add(Simd::sub(t_gap, s_gap), Simd::fill(float(shift_)));
     }
 
-    void gather_jsd() {
+    void gather_mixture() {
         alignas(64) float s_buffer[kBlock], t_buffer[kBlock];
-        double p_part = 0.0, q_part = 0.0;  // KL(p || m), KL(q || m)
         for (int64_t begin = 0; begin < chunk_.columns; begin += kBlock) {
             const int64_t left = chunk_.columns - begin, count = left < kBlock ? left : kBlock;
             widen(student_, begin, count, s_buffer);
@@ -307,11 +307,9 @@ class RowPass {
                 p_sum = Simd::add(p_sum, Simd::zero_unless(p, Simd::mul(p, p_over_m)));
                 q_sum = Simd::add(q_sum, Simd::zero_unless(q, Simd::mul(q, q_over_m)));
             }
-            p_part += Simd::reduce_add(p_sum);
-            q_part += Simd::reduce_add(q_sum);
+            state_[kTeacherPart] += Simd::reduce_add(p_sum);
+            state_[kStudentPart] += Simd::reduce_add(q_sum);
         }
-        divergence_ = float(chunk_.beta * p_part + (1.0 - chunk_.beta) * q_part);
-        q_divergence_ = float(q_part);
     }
 
     // d(divergence)/d(student logit), times the temperature.
@@ -353,8 +351,9 @@ class RowPass {
         const Vec s_scale = Simd::fill(weight_ * chunk_.scales[0] * chunk_.inverse_temperature);
         const float t_scale = chunk_.scales[1];
         const Vec reference = Simd::fill(t_reference_);
-        const Vec normalise = Simd::fill(t_scale * plain_inverse_);
-        const Vec smoothing = Simd::fill(-t_scale * chunk_.label_smoothing / float(chunk_.columns));
+        const Vec normalise = Simd::fill(float(t_scale / plain_sum_));
+        const Vec smoothing =
+            Simd::fill(-t_scale * chunk_.label_smoothing / float(chunk_.vocabulary));
         for (int64_t begin = 0; begin < chunk_.columns; begin += kBlock) {
             const int64_t left = chunk_.columns - begin, count = left < kBlock ? left : kBlock;
             widen(teacher_, begin, count, t_buffer);
@@ -371,8 +370,9 @@ class RowPass {
                     const Vec p = exp_of(Simd::sub(Simd::load(t_buffer + i), reference));
                     Simd::store(slopes + i, Simd::multiply_add(p, normalise, smoothing));
                 }
-                if (label_ >= begin && label_ < begin + count) {
-                    slopes[label_ - begin] -= t_scale * (1.0f - chunk_.label_smoothing);
+                const int64_t place = label_ - chunk_.first - begin;
+                if (place >= 0 && place < count) {
+                    slopes[place] -= t_scale * (1.0f - chunk_.label_smoothing);
                 }
                 write(teacher_, begin, count, t_buffer, slopes);
             }
@@ -385,12 +385,15 @@ class RowPass {
     Element* const teacher_;  // [columns]
     const float weight_;
     const int64_t label_;
+    const bool divergence_wanted_;
+    const bool labelled_;
     const bool tempered_;
+    double state_[kStateFields];
     float s_reference_ = 0.0f, t_reference_ = 0.0f;  // largest logit of the row
     float s_inverse_ = 0.0f, t_inverse_ = 0.0f;      // 1 / sum exp((x - largest) / temperature)
-    float plain_inverse_ = 0.0f;                     // the teacher's at temperature 1
-    double s_log_sum_ = 0.0, t_log_sum_ = 0.0;       // log sum exp(x / temperature)
-    float divergence_ = 0.0f, q_divergence_ = 0.0f, cross_entropy_ = 0.0f, label_logit_ = 0.0f;
+    double plain_sum_ = 0.0;                         // the teacher's sum at temperature 1
+    double shift_ = 0.0;                             // log of the student's sum over the teacher's
+    float divergence_ = 0.0f, q_divergence_ = 0.0f;
 };
 
 template <typename Type>

@@ -100,6 +100,24 @@ struct Sums {
     float total;         // sum t
 };
 
+// What earlier pieces of a row left.
+__device__ __forceinline__ Sums kept_sums(const double* state) {
+    return {static_cast<float>(state[kStudentMax]), static_cast<float>(state[kTeacherMax]),
+            static_cast<float>(state[kStudentSum]), static_cast<float>(state[kTeacherSum]),
+            static_cast<float>(state[kCross]),      static_cast<float>(state[kPlain]),
+            static_cast<float>(state[kTotal])};
+}
+__device__ __forceinline__ void keep_sums(const Sums& sums, float label_logit, double* state) {
+    state[kStudentMax] = sums.s_max;
+    state[kTeacherMax] = sums.t_max;
+    state[kStudentSum] = sums.s_sum;
+    state[kTeacherSum] = sums.t_sum;
+    state[kCross] = sums.cross;
+    state[kPlain] = sums.plain;
+    state[kTotal] = sums.total;
+    state[kLabelLogit] = label_logit;
+}
+
 // Brings the sums to larger maxima.
 template <Divergence kDivergence>
 __device__ __forceinline__ void raise(Sums& sums, float s_max, float t_max, float inverse) {
@@ -177,53 +195,72 @@ __global__ void __launch_bounds__(kThreads, 2) consistency_chunk_kernel(Consiste
     const Row<T> teacher(chunk.teacher, row, chunk.teacher_stride, columns, chunk.softcap);
     const float weight = chunk.row_weights[row];
     const int64_t label = chunk.labels == nullptr ? -1 : chunk.labels[row];
+    const int64_t place = label - chunk.first;
     const bool counts = weight != 0.0f, labelled = label >= 0;
+    // A label outside the vocabulary is never read; the caller asserts that there is none.
+    const bool inside = labelled && place >= 0 && place < columns;
     const float inverse = chunk.inverse_temperature;
     const bool tempered = labelled && inverse != 1.0f;
     const int length = counts || labelled ? columns : 0;  // a masked row is not read
     const int first = static_cast<int>(threadIdx.x) * kPack;
+    const Stage stage = chunk.stage;
+    double* const state = stage == Stage::kWhole ? nullptr : chunk.state + row * kStateFields;
     float s[kPack], t[kPack];
 
     Sums sums{-INFINITY, -INFINITY, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    for (int begin = first; begin < length; begin += kStep) {
-        student.load(begin, s);
-        teacher.load(begin, t);
-        float s_max = sums.s_max, t_max = sums.t_max;
+    // What earlier pieces of the vocabulary gave is one thread's beginning, or everybody's end.
+    if (state != nullptr && (stage != Stage::kSums || threadIdx.x == 0)) sums = kept_sums(state);
+    if (stage == Stage::kWhole || stage == Stage::kSums) {
+        for (int begin = first; begin < length; begin += kStep) {
+            student.load(begin, s);
+            teacher.load(begin, t);
+            float s_max = sums.s_max, t_max = sums.t_max;
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-            s_max = fmaxf(s_max, s[j]);
-            t_max = fmaxf(t_max, t[j]);
-        }
-        if (s_max > sums.s_max || t_max > sums.t_max) {
-            raise<kDivergence>(sums, s_max, t_max, inverse);
-        }
-        const float s_reference = finite(s_max), t_reference = finite(t_max);
+            for (int j = 0; j < kPack; ++j) {
+                s_max = fmaxf(s_max, s[j]);
+                t_max = fmaxf(t_max, t[j]);
+            }
+            if (s_max > sums.s_max || t_max > sums.t_max) {
+                raise<kDivergence>(sums, s_max, t_max, inverse);
+            }
+            const float s_reference = finite(s_max), t_reference = finite(t_max);
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-            const float q = __expf((s[j] - s_reference) * inverse);
-            const float p = __expf((t[j] - t_reference) * inverse);
-            sums.s_sum += q;
-            sums.t_sum += p;
-            // -inf - -inf is NaN, but where the probability is 0 so is the term.
-            if (kDivergence == Divergence::kForwardKl && p != 0.0f) sums.cross += p * (t[j] - s[j]);
-            if (kDivergence == Divergence::kReverseKl && q != 0.0f) sums.cross += q * (s[j] - t[j]);
-            if (tempered) sums.plain += __expf(t[j] - t_reference);
-            if (labelled && begin + j < columns) sums.total += t[j];
+            for (int j = 0; j < kPack; ++j) {
+                const float q = __expf((s[j] - s_reference) * inverse);
+                const float p = __expf((t[j] - t_reference) * inverse);
+                sums.s_sum += q;
+                sums.t_sum += p;
+                // -inf - -inf is NaN, but where the probability is 0 so is the term.
+                if (kDivergence == Divergence::kForwardKl && p != 0.0f) {
+                    sums.cross += p * (t[j] - s[j]);
+                }
+                if (kDivergence == Divergence::kReverseKl && q != 0.0f) {
+                    sums.cross += q * (s[j] - t[j]);
+                }
+                if (tempered) sums.plain += __expf(t[j] - t_reference);
+                if (labelled && begin + j < columns) sums.total += t[j];
+            }
         }
-    }
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        sums = merged<kDivergence>(sums, from_lane(sums, distance), inverse);
-    }
-    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sums;
-    if (threadIdx.x == 0) {
-        // A label outside the vocabulary is never read; the caller asserts that there is none.
-        const bool inside = labelled && label < columns;
-        label_logit = inside ? teacher.capped(widen(teacher.data[label])) : 0.0f;
-    }
-    __syncthreads();
-    sums = partial[0];
-    for (int warp = 1; warp < kWarps; ++warp) {
-        sums = merged<kDivergence>(sums, partial[warp], inverse);
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+            sums = merged<kDivergence>(sums, from_lane(sums, distance), inverse);
+        }
+        if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = sums;
+        if (threadIdx.x == 0) {
+            float found = state == nullptr ? 0.0f : static_cast<float>(state[kLabelLogit]);
+            if (inside) found = teacher.capped(widen(teacher.data[place]));
+            label_logit = found;
+        }
+        __syncthreads();
+        sums = partial[0];
+        for (int warp = 1; warp < kWarps; ++warp) {
+            sums = merged<kDivergence>(sums, partial[warp], inverse);
+        }
+        if (stage == Stage::kSums) {
+            if (threadIdx.x == 0) keep_sums(sums, label_logit, state);
+            return;
+        }
+    } else if (threadIdx.x == 0) {
+        label_logit = static_cast<float>(state[kLabelLogit]);
     }
 
     const float s_max = finite(sums.s_max), t_max = finite(sums.t_max);
@@ -235,31 +272,46 @@ __global__ void __launch_bounds__(kThreads, 2) consistency_chunk_kernel(Consiste
         divergence = sums.cross * t_inverse * inverse + shift;
     } else if (kDivergence == Divergence::kReverseKl) {
         divergence = sums.cross * s_inverse * inverse - shift;
-    } else if (counts) {
+    } else {
         float p_part = 0.0f, q_part = 0.0f;  // KL(p || m), KL(q || m)
-        for (int begin = first; begin < columns; begin += kStep) {
-            student.load(begin, s);
-            teacher.load(begin, t);
+        if (stage != Stage::kSlopes && counts) {
+            for (int begin = first; begin < columns; begin += kStep) {
+                student.load(begin, s);
+                teacher.load(begin, t);
 #pragma unroll
-            for (int j = 0; j < kPack; ++j) {
-                const float s_gap = (s[j] - s_max) * inverse, t_gap = (t[j] - t_max) * inverse;
-                const float q = __expf(s_gap) * s_inverse, p = __expf(t_gap) * t_inverse;
-                float q_over_m, p_over_m;
-                log_ratios((t_gap - s_gap) + (s_log - t_log), chunk.beta, q_over_m, p_over_m);
-                if (p != 0.0f) p_part += p * p_over_m;
-                if (q != 0.0f) q_part += q * q_over_m;
+                for (int j = 0; j < kPack; ++j) {
+                    const float s_gap = (s[j] - s_max) * inverse, t_gap = (t[j] - t_max) * inverse;
+                    const float q = __expf(s_gap) * s_inverse, p = __expf(t_gap) * t_inverse;
+                    float q_over_m, p_over_m;
+                    log_ratios((t_gap - s_gap) + (s_log - t_log), chunk.beta, q_over_m, p_over_m);
+                    if (p != 0.0f) p_part += p * p_over_m;
+                    if (q != 0.0f) q_part += q * q_over_m;
+                }
+            }
+            p_part = block_sum(p_part, scratch);
+            q_part = block_sum(q_part, scratch);
+        }
+        if (state != nullptr) {
+            p_part += static_cast<float>(state[kTeacherPart]);
+            q_part += static_cast<float>(state[kStudentPart]);
+            if (stage == Stage::kDivergence) {
+                __syncthreads();  // every thread has read the state
+                if (threadIdx.x == 0) {
+                    state[kTeacherPart] = p_part;
+                    state[kStudentPart] = q_part;
+                }
+                return;
             }
         }
-        p_part = block_sum(p_part, scratch);
-        q_divergence = block_sum(q_part, scratch);
-        divergence = chunk.beta * p_part + (1.0f - chunk.beta) * q_divergence;
+        q_divergence = q_part;
+        divergence = chunk.beta * p_part + (1.0f - chunk.beta) * q_part;
     }
     const float plain_sum = tempered ? sums.plain : sums.t_sum;
     if (threadIdx.x == 0) {
         chunk.consistency[row] = counts ? weight * divergence : 0.0f;
         float loss = t_max + logf(plain_sum) - (1.0f - chunk.label_smoothing) * label_logit;
         if (chunk.label_smoothing != 0.0f) {
-            loss -= chunk.label_smoothing * (sums.total / static_cast<float>(columns));
+            loss -= chunk.label_smoothing * (sums.total / static_cast<float>(chunk.vocabulary));
         }
         chunk.cross_entropy[row] = labelled ? loss : 0.0f;
     }
@@ -267,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) consistency_chunk_kernel(Consiste
 
     const float s_scale = chunk.scales[0] * weight * inverse, t_scale = chunk.scales[1];
     const float plain_inverse = 1.0f / plain_sum;
-    const float smoothing = chunk.label_smoothing / static_cast<float>(columns);
+    const float smoothing = chunk.label_smoothing / static_cast<float>(chunk.vocabulary);
     for (int begin = first; begin < columns; begin += kStep) {
         float slope[kPack];
         if (length > 0) teacher.load(begin, t);
@@ -299,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, 2) consistency_chunk_kernel(Consiste
                 slope[j] = 0.0f;
                 if (!labelled) continue;
                 slope[j] = __expf(t[j] - t_max) * plain_inverse - smoothing;
-                if (begin + j == label) slope[j] -= 1.0f - chunk.label_smoothing;
+                if (begin + j == place) slope[j] -= 1.0f - chunk.label_smoothing;
                 slope[j] *= t_scale * teacher.cap_slope(t[j]);
             }
             teacher.store(begin, slope);

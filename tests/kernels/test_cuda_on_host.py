@@ -21,8 +21,8 @@ import torch
 import cllm_kernels
 from cllm_kernels._native import missing_reason
 from cllm_kernels.linear_consistency_loss import native
-from cllm_kernels.linear_consistency_loss.chunked import Chunk
-from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
+from cllm_kernels.linear_consistency_loss.chunk import Chunk, Stage
+from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, STATE_FIELDS, LossOptions
 from tests.kernels.test_jacobi_step import NAMES, make
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +38,10 @@ LAUNCH = re.compile(r"(\w+(?:<[\w:, ]+>)?)\s*<<<([^,]+),([^,]+),.*?>>>\((\w+)\)"
 class ConsistencyChunk(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "row_weights", "labels")),
-        *((name, ctypes.c_void_p) for name in ("scales", "consistency", "cross_entropy")),
-        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("scales", "consistency", "cross_entropy", "state")),
+        *((name, ctypes.c_int) for name in ("stage", "dtype")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "student_stride")),
-        ("teacher_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("teacher_stride", "first", "vocabulary")),
         ("divergence", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("beta", "inverse_temperature", "smoothing")),
         ("softcap", ctypes.c_float),
@@ -115,7 +115,9 @@ def test_consistency_chunk(
         logits[:, 3, 20 : columns - 20] = -float("inf")
     weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.0])
     labels = torch.tensor([0, columns - 1, columns // 2, columns - 1, -100])
-    options = LossOptions(divergence, 0.3, temperature, smoothing * (columns < 200), 1, softcap, 0)
+    options = LossOptions(
+        divergence, 0.3, temperature, smoothing * (columns < 200), 1, softcap, 0, False
+    )
     results = []
     for run in ("cpu", "cuda"):
         student, teacher = (
@@ -142,6 +144,43 @@ def test_consistency_chunk(
         largest = logits[logits.isfinite()].abs().max()
         bound = 2 * torch.finfo(torch.float32).eps * float(largest)
         assert ((wanted - found).abs() <= bound + eps * wanted.abs()).all(), place
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_consistency_chunk_in_pieces(library, divergence):
+    """Sums carried over pieces of the vocabulary give what whole rows give."""
+    generator = torch.Generator().manual_seed(1)
+    rows, columns, piece = 4, 700, 256
+    logits = 3 * torch.randn(2, rows, columns, generator=generator)
+    options = LossOptions(divergence, 0.3, 2.0, 0.1, 1, 9.0, 0, True)
+    weights, labels = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0, 256, -1, -1])
+    fixed = {"row_weights": weights, "labels": labels, "scales": torch.tensor([0.5, 3.0])}
+
+    def chunk(columns, losses, stage, state=None):
+        return Chunk(
+            logits[0, :, columns].clone(), logits[1, :, columns].clone(), **fixed,
+            consistency=losses[0], cross_entropy=losses[1], student_gradient=True,
+            teacher_gradient=True, stage=stage, state=state, first=columns.start or 0,
+            vocabulary=700,
+        )  # fmt: skip
+
+    whole_losses, losses = torch.empty(2, rows), torch.empty(2, rows)
+    whole = chunk(slice(None), whole_losses, Stage.WHOLE)
+    native._pass_cpu(whole, options)
+    state = torch.zeros(rows, STATE_FIELDS, dtype=torch.float64)
+    state[:, [0, 2]] = -float("inf")
+    slopes = []
+    for stage in (Stage.SUMS, Stage.DIVERGENCE, Stage.SLOPES):
+        for first in range(0, columns, piece):
+            part = chunk(slice(first, min(first + piece, columns)), losses, stage, state)
+            arguments = ConsistencyChunk(*native._arguments(part, options))
+            assert library.consistency_chunk(ctypes.byref(arguments)) == 0
+            if stage is Stage.SLOPES:
+                slopes.append((part.student, part.teacher))
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-6)
+    for side, wanted in enumerate((whole.student, whole.teacher)):
+        found = torch.cat([pair[side] for pair in slopes], dim=1)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["sliding", "block"])

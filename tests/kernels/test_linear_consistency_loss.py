@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import cllm_kernels
-from cllm_kernels.linear_consistency_loss import OP
-from cllm_kernels.linear_consistency_loss.chunked import Chunk, automatic_chunk
+from cllm_kernels.linear_consistency_loss import OP, swept
+from cllm_kernels.linear_consistency_loss.chunk import Chunk
+from cllm_kernels.linear_consistency_loss.chunked import automatic_chunk
 from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
 from cllm_kernels.linear_consistency_loss.reference import consistency_loss, divergence_rows
 from tests.kernels.backends import everywhere, running, slow_interpreter
@@ -78,7 +79,7 @@ def loss_options(
     *, divergence="forward_kl", beta=0.5, temperature=1.0, label_smoothing=0.0, ar_weight=1.0,
     softcap=None, **_,
 ):  # fmt: skip
-    return LossOptions(divergence, beta, temperature, label_smoothing, ar_weight, softcap, 0)
+    return LossOptions(divergence, beta, temperature, label_smoothing, ar_weight, softcap, 0, False)
 
 
 def by_autograd(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
@@ -151,11 +152,36 @@ def test_losses_and_gradients(backend, device, dtype, divergence, rows, vocabula
     skip_what_the_interpreter_gets_wrong(backend, device, dtype)
     case = Case.random(rows, vocabulary, width, dtype, divergence=divergence, beta=0.3, **extra)
     with running(OP, backend, device):
-        whole = check(case, dtype, device)
+        check(case, dtype, device)
         check(case, dtype, device, chunk_tokens=4)
-        again = check(case, dtype, device, recompute=True)
-    for a, b in zip(whole, again, strict=True):
-        assert torch.equal(a, b)
+        check(case, dtype, device, recompute=True)
+        check(case, dtype, device, recompute=True, chunk_tokens=4)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sweeps_over_pieces_of_the_vocabulary(
+    backend, device, divergence, temperature, monkeypatch
+):
+    """Recomputation with sums carried from piece to piece, blocks of tokens inside."""
+    monkeypatch.setattr(swept, "_PIECE", {"cpu": 96, "cuda": 96})
+    case = Case.random(
+        5, 250, 24, torch.float32, divergence=divergence, beta=0.3, temperature=temperature,
+        labels=True, masked=True, bias=True, label_smoothing=0.1, ar_weight=2.0, softcap=8.0,
+    )  # fmt: skip
+    case.options["labels"][:4] = torch.tensor([95, 96, 249, 0])  # the edges of pieces
+    with running(OP, backend, device):
+        for chunk in (None, 3):
+            check(case, torch.float32, device, recompute=True, chunk_tokens=chunk)
+        with torch.no_grad():
+            losses = case.run(
+                lambda *a, **k: cllm_kernels.linear_consistency_loss(*a, recompute=True, **k),
+                torch.float32,
+                device,
+            )[:3]
+    for a, b in zip(losses, case.run(by_autograd, torch.float64), strict=False):
+        assert (a - b).abs() <= 16 * torch.finfo(torch.float32).eps * max(1, b)
 
 
 @everywhere(OP)
@@ -430,13 +456,17 @@ def test_opcheck(recompute):
     tensors = [case.student, case.teacher, case.weight, case.bias]
     leaves = [t.float().requires_grad_() for t in tensors]
     numbers = loss_options(divergence="jsd", temperature=2.0, softcap=3.0)
+    numbers = numbers._replace(recompute=recompute)
     arguments = (
         *leaves, case.options["labels"], case.options["row_weights"], *numbers, *[True] * 4,
     )  # fmt: skip
     ops = torch.ops.cllm_kernels
-    torch.library.opcheck(ops.linear_consistency_loss.default, (*arguments, recompute))
+    torch.library.opcheck(ops.linear_consistency_loss.default, arguments)
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    torch.library.opcheck(ops.linear_consistency_loss_gradients.default, detached)
+    if recompute:
+        state = ops.linear_consistency_loss.default(*detached)[-1]
+        more = (*detached, state, torch.tensor(2.0))
+        torch.library.opcheck(ops.linear_consistency_loss_gradients.default, more)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,0 +1,85 @@
+"""The language-model head as the drivers multiply by it, and products that are summed in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cllm_kernels._matmul import fast_cpu_matmul
+
+# Rows of the weight that are multiplied at once on a CPU, where 16-bit weights without matrix
+# instructions are widened to fp32 piece by piece.
+_CPU_PIECE = 4096
+
+
+class Head:
+    """The language-model head as the matmuls see it: whole, or widened piece by piece."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, piece: int | None = None):
+        """piece: the longest piece; None: as long as the matmuls like it."""
+        self.weight = weight  # [V, H]
+        self.bias = bias  # [V]
+        self.dtype = weight.dtype
+        self.piece = min(piece or weight.shape[0], weight.shape[0])
+        self.widened: Tensor | None = None
+        if weight.device.type != "cpu":
+            return
+        if weight.dtype is torch.float32:
+            self.piece = min(_CPU_PIECE, self.piece)
+        elif not fast_cpu_matmul(weight.dtype):
+            self.piece = min(_CPU_PIECE, self.piece)
+            self.dtype = torch.float32
+            self.widened = torch.empty(self.piece, weight.shape[1])
+        if bias is not None:
+            self.bias = bias.to(self.dtype)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """(columns of the logits, those rows of the weight)."""
+        for first in range(0, self.weight.shape[0], self.piece):
+            columns = slice(first, min(first + self.piece, self.weight.shape[0]))
+            part = self.weight[columns]
+            if self.widened is not None:
+                part = self.widened[: len(part)].copy_(part)
+            yield columns, part
+
+    def multiply(self, hidden: Tensor, columns: slice, part: Tensor, out: Tensor) -> None:
+        """hidden [R, H] @ part.T + bias into out [R, W], for one of the pieces."""
+        if self.bias is None:
+            torch.mm(hidden, part.t(), out=out)
+        else:
+            torch.addmm(self.bias[columns], hidden, part.t(), out=out)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """hidden [R, H] @ weight.T + bias into out [R, V]."""
+        for columns, part in self.pieces():
+            self.multiply(hidden, columns, part, out[:, columns])
+
+
+def add_product(
+    total: Tensor,  # [V, H] float32, mutated
+    left: Tensor,  # [V, R]
+    right: Tensor,  # [R, H]
+) -> None:
+    """total += left @ right, summed and kept in fp32 whatever the operands' dtype."""
+    if left.dtype is torch.float32:
+        total.addmm_(left, right)
+    elif total.device.type == "cpu":
+        total += left @ right
+    elif _adds_in_fp32(total.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(left, right, out_dtype=torch.float32)
+
+
+@cache
+def _adds_in_fp32(device: torch.device) -> bool:
+    """Whether this torch adds a 16-bit product to an fp32 matrix; some want equal dtypes."""
+    small = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(small, small.half(), small.half(), out_dtype=torch.float32, out=small)
+    except RuntimeError:
+        return False
+    return True
