@@ -47,14 +47,14 @@ def _capability(index: int | None) -> tuple[int, int]:
 class Op:
     """One op and its implementations.
 
-    `implementations` maps a backend's name to a loader that returns the function, so that a backend
-    is imported only when it is used. `preference` orders backends per device type for "auto".
+    `implementations` maps a backend's name to a loader that returns the function (or what else the
+    op calls), so that a backend is imported only when it is used. `preference` orders backends per device type for "auto".
     """
 
     name: str
-    implementations: Mapping[str, Callable[[], Callable[..., Any]]]
+    implementations: Mapping[str, Callable[[], Any]]
     preference: Mapping[str, tuple[str, ...]]
-    _resolved: dict[tuple[str, torch.device], Callable[..., Any]] = field(default_factory=dict)
+    _resolved: dict[tuple[str, torch.device], Any] = field(default_factory=dict)
 
     def unavailable(self, backend: str, device: torch.device) -> str | None:
         """Why this backend cannot run on this device, in one line; None if it can."""
@@ -91,8 +91,8 @@ class Op:
             )
         return choice
 
-    def resolve(self, device: torch.device) -> Callable[..., Any]:
-        """The function that runs on tensors of this device under the present choice."""
+    def resolve(self, device: torch.device) -> Any:
+        """What runs on tensors of this device under the present choice."""
         key = (_choice, device)
         function = self._resolved.get(key)
         if function is None:
@@ -100,7 +100,7 @@ class Op:
             self._resolved[key] = function
         return function
 
-    def in_float64(self, device: torch.device) -> Callable[..., Any]:
+    def in_float64(self, device: torch.device) -> Any:
         """The reference, for float64 tensors, which no kernel takes. BackendError if the present
         choice is a kernel."""
         if _choice not in ("auto", "reference"):

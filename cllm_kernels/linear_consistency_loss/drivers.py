@@ -18,7 +18,7 @@ from cllm_kernels.linear_consistency_loss.options import (
 def driven_by(in_place: Pass) -> Implementation:
     def losses(*operands: Any, options: LossOptions, wanted: Gradients) -> Results:
         if options.recompute:
-            return swept.losses(*operands, options, in_place)
-        return chunked.losses(*operands, options, wanted, in_place)
+            return swept.losses(*operands, options=options, in_place=in_place)
+        return chunked.losses(*operands, options=options, wanted=wanted, in_place=in_place)
 
     return Implementation(losses, partial(swept.gradients, in_place=in_place))

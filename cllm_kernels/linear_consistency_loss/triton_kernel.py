@@ -159,14 +159,14 @@ def consistency_chunk_kernel(
             at_label = tl.where(inside, found, at_label)
     if STAGE == _SUMS:
         kept = state_ptr + row * FIELDS
-        tl.store(kept, s_max.to(tl.float64))
-        tl.store(kept + 1, s_sum.to(tl.float64))
-        tl.store(kept + 2, t_max.to(tl.float64))
-        tl.store(kept + 3, t_sum.to(tl.float64))
-        tl.store(kept + 4, cross.to(tl.float64))
-        tl.store(kept + 5, plain.to(tl.float64))
-        tl.store(kept + 6, total.to(tl.float64))
-        tl.store(kept + 7, at_label.to(tl.float64))
+        tl.store(kept, s_max)
+        tl.store(kept + 1, s_sum)
+        tl.store(kept + 2, t_max)
+        tl.store(kept + 3, t_sum)
+        tl.store(kept + 4, cross)
+        tl.store(kept + 5, plain)
+        tl.store(kept + 6, total)
+        tl.store(kept + 7, at_label)
         return
 
     s_max = _finite(s_max)
@@ -186,8 +186,8 @@ def consistency_chunk_kernel(
             q_part += tl.sum(tl.where(q == 0, 0.0, q * q_over_m), axis=0)
     if STAGE == _MIXTURE:
         kept = state_ptr + row * FIELDS
-        tl.store(kept + 8, p_part.to(tl.float64))
-        tl.store(kept + 9, q_part.to(tl.float64))
+        tl.store(kept + 8, p_part)
+        tl.store(kept + 9, q_part)
         return
 
     shift = (s_max - t_max) * inverse_temperature + (s_log - t_log)
