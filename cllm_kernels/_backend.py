@@ -48,7 +48,8 @@ class Op:
     """One op and its implementations.
 
     `implementations` maps a backend's name to a loader that returns the function (or what else the
-    op calls), so that a backend is imported only when it is used. `preference` orders backends per device type for "auto".
+    op calls), so that a backend is imported only when it is used. `preference` orders backends per
+    device type for "auto".
     """
 
     name: str

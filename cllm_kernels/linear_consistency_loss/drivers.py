@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+
+from torch import Tensor
 
 from cllm_kernels.linear_consistency_loss import chunked, swept
 from cllm_kernels.linear_consistency_loss.chunk import Pass
@@ -16,9 +17,19 @@ from cllm_kernels.linear_consistency_loss.options import (
 
 
 def driven_by(in_place: Pass) -> Implementation:
-    def losses(*operands: Any, options: LossOptions, wanted: Gradients) -> Results:
+    def losses(
+        student: Tensor,  # [M, H]
+        teacher: Tensor,  # [M, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        labels: Tensor | None,  # [M]
+        row_weights: Tensor | None,  # [M]
+        options: LossOptions,
+        wanted: Gradients,
+    ) -> Results:
+        operands = (student, teacher, weight, bias, labels, row_weights)
         if options.recompute:
-            return swept.losses(*operands, options=options, in_place=in_place)
-        return chunked.losses(*operands, options=options, wanted=wanted, in_place=in_place)
+            return swept.losses(*operands, options, in_place)
+        return chunked.losses(*operands, options, wanted, in_place)
 
     return Implementation(losses, partial(swept.gradients, in_place=in_place))
