@@ -132,7 +132,6 @@ def linear_consistency_loss(
         recompute,
     )
     _check(student, teacher, weight, bias, labels, row_weights, options, chunk_tokens)
-    _check_values(weight, labels, row_weights)
     grad = torch.is_grad_enabled()
     wanted = Gradients(
         student=grad and student.requires_grad,
@@ -243,7 +242,10 @@ def _check_numbers(options: LossOptions, chunk_tokens: int | None) -> None:
 
 
 def _check_values(weight: Tensor, labels: Tensor | None, row_weights: Tensor | None) -> None:
-    """Labels and row weights in range: at once on a CPU, by a device-side assertion on a GPU."""
+    """Labels and row weights in range: at once on a CPU, by a device-side assertion on a GPU.
+
+    Called from inside the op, where there are values even under a compiler.
+    """
     name, vocabulary = "linear_consistency_loss", weight.shape[0]
     if weight.device.type == "cuda":
         if labels is not None:
@@ -252,9 +254,6 @@ def _check_values(weight: Tensor, labels: Tensor | None, row_weights: Tensor | N
         if row_weights is not None:
             text = f"{name}: row_weights must not be negative"
             torch._assert_async((row_weights >= 0).all(), text)
-        return
-    tensors = [tensor for tensor in (labels, row_weights) if tensor is not None]
-    if not tensors or not eager(*tensors):  # nothing to look at while a compiler traces
         return
     if labels is not None and labels.numel() and int(labels.max()) >= vocabulary:
         raise ValueError(
@@ -303,6 +302,7 @@ def _implementation(student: Tensor) -> Implementation:
 
 def _losses(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, options, wanted = _unpacked(arguments)
+    _check_values(arguments[2], *tensors[4:])
     implementation = _implementation(arguments[0])
     return tuple(implementation.losses(*tensors, options=options, wanted=wanted))
 
