@@ -2,7 +2,8 @@
 
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
-    linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
+    linear_argmax(h, W)   argmax of h @ W.T, or a sample of its softmax; the logits never held whole
+    gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -22,6 +23,7 @@ from cllm_kernels._backend import (
     use_backend,
 )
 from cllm_kernels._native import build_info
+from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
 from cllm_kernels.row_argmax import row_argmax
@@ -34,6 +36,7 @@ __all__ = [
     "backends",
     "build_info",
     "current_backend",
+    "gumbel_noise",
     "jacobi_step",
     "linear_argmax",
     "row_argmax",
