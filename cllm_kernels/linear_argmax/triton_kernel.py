@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm_kernels._triton import FUSION, better, device_of, tile_argmax
+from cllm_kernels.gumbel_noise.arguments import check_row_ids
+from cllm_kernels.gumbel_noise.triton_kernel import gumbel_tile
 
 _NONE = tl.constexpr(2147483647)
 _FAR = 2**31 // 256  # elements between rows: 256 rows, more than any tile has, stay below 2^31
@@ -36,6 +38,9 @@ def linear_argmax_tiles_kernel(
     hidden_ptr,  # [rows, width], rows hidden_stride apart
     weight_ptr,  # [vocabulary, width], rows weight_stride apart
     bias_ptr,  # [vocabulary], unread unless HAS_BIAS
+    seed_ptr,  # [1] int64, unread unless HAS_NOISE, as the next two
+    noise_row_ptr,  # [rows] int64
+    position_ptr,  # [rows] int64
     value_ptr,  # [rows, tiles] float32, written
     index_ptr,  # [rows, tiles] int32, written
     rows,
@@ -45,8 +50,10 @@ def linear_argmax_tiles_kernel(
     weight_stride,
     tiles,
     softcap,
+    scale,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -88,6 +95,12 @@ def linear_argmax_tiles_kernel(
         scores = scores + bias[None, :]
     if HAS_CAP:
         scores = softcap * tanh(scores / softcap)
+    scores = scores * scale
+    if HAS_NOISE:
+        noise_row = tl.load(noise_row_ptr + row, mask=real_row, other=0)
+        position = tl.load(position_ptr + row, mask=real_row, other=0)
+        seed = tl.load(seed_ptr)
+        scores += gumbel_tile(seed, noise_row, position, first_column, BLOCK_M, BLOCK_V)
     valid = real_column[None, :] & (row[:, None] >= 0)
     columns = column[None, :] + tl.zeros((BLOCK_M, BLOCK_V), tl.int32)
     value, index = tile_argmax(scores, columns, valid, _NONE)
@@ -146,6 +159,10 @@ def linear_argmax(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     softcap: float | None,
+    temperature: float | None,
+    seed: Tensor | None,  # [1] int64
+    row: Tensor | None,  # [M] int64
+    position: Tensor | None,  # [M] int64
 ) -> tuple[Tensor, Tensor]:
     """(index [M] int64, value [M] float32)."""
     hidden = _addressable(hidden)
@@ -157,6 +174,8 @@ def linear_argmax(
     value = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return index, value
+    if row is not None:
+        check_row_ids("linear_argmax", row)
     shape = tile_shape(rows, hidden.dtype)
     tiles = triton.cdiv(vocabulary, shape["BLOCK_V"])
     tile_value = torch.empty((rows, tiles), dtype=torch.float32, device=hidden.device)
@@ -166,6 +185,9 @@ def linear_argmax(
             hidden,
             weight,
             hidden if bias is None else bias,
+            index if seed is None else seed,
+            index if row is None else row,
+            index if position is None else position,
             tile_value,
             tile_index,
             rows,
@@ -175,8 +197,10 @@ def linear_argmax(
             weight.stride(0),
             tiles,
             softcap or 0.0,
+            1.0 if temperature is None else 1.0 / temperature,
             HAS_BIAS=bias is not None,
             HAS_CAP=softcap is not None,
+            HAS_NOISE=seed is not None,
             **shape,
             **FUSION,
         )
