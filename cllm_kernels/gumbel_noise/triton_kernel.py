@@ -13,6 +13,8 @@ from torch import Tensor
 from cllm_kernels._triton import FUSION, device_of
 from cllm_kernels.gumbel_noise import reference
 
+COLUMNS = 1024  # of a row per program
+WARPS = 4
 _SERIES = [tl.constexpr(coefficient) for coefficient in reference.LOG_SERIES]
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5, _Q6, _Q7 = _SERIES
 _LOG2_HIGH = tl.constexpr(reference.LOG2_HIGH)
@@ -108,9 +110,8 @@ def gumbel_noise(
     noise = torch.empty((rows, vocabulary), dtype=torch.float32, device=row.device)
     if rows == 0:
         return noise
-    columns = 1024
     with device_of(row):
-        gumbel_noise_kernel[(rows, triton.cdiv(vocabulary, columns))](
-            seed, row, position, noise, vocabulary, COLUMNS=columns, num_warps=4, **FUSION
+        gumbel_noise_kernel[(rows, triton.cdiv(vocabulary, COLUMNS))](
+            seed, row, position, noise, vocabulary, COLUMNS=COLUMNS, num_warps=WARPS, **FUSION
         )
     return noise
