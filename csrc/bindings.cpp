@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "direct.h"
 #include "ops.h"
 
 #ifdef _OPENMP
@@ -150,6 +151,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("gumbel_noise_cpu", &gumbel_noise_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
+    if (!cllm::direct::add_to(module.ptr())) throw py::error_already_set();
     module.def("isa", &isa_name);
 #ifdef _OPENMP
     module.def("openmp_threads", [] { return omp_get_max_threads(); });

@@ -94,8 +94,11 @@ def linear_argmax(
     seed = row = position = None
     if noise is not None:
         seed, row, position = _noise(noise, hidden)
-    given = (x for x in (hidden, weight, bias, seed, row, position) if x is not None)
-    if eager(*given) and not (hidden.is_neg() or weight.is_neg()):
+    if bias is None and seed is None:
+        direct = eager(hidden, weight)
+    else:
+        direct = eager(*(x for x in (hidden, weight, bias, seed, row, position) if x is not None))
+    if direct and not (hidden.is_neg() or weight.is_neg()):
         hidden = hidden.detach() if hidden.requires_grad else hidden
         weight = weight.detach() if weight.requires_grad else weight
         run = OP.resolve(hidden.device)

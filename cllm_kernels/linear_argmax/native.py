@@ -50,7 +50,6 @@ def _fast_matmul(dtype: torch.dtype) -> bool:
     return bool(supported is not None and supported())
 
 
-@torch.no_grad()
 def linear_argmax_cpu(
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
@@ -70,7 +69,7 @@ def linear_argmax_cpu(
     scaling = (softcap or 0.0, 1.0 if temperature is None else 1.0 / temperature)
     index = torch.full((rows,), -1, dtype=torch.int64)
     value = torch.empty(rows, dtype=torch.float32)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
     hidden = hidden.detach().contiguous()
     weight = weight.detach()
     for begin in range(0, rows, _ROWS):
