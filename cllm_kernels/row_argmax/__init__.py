@@ -11,7 +11,6 @@ from torch.compiler import is_compiling
 from cllm_kernels._backend import Op, register
 from cllm_kernels._common import DIRECT, FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
 
-
 _direct = None if DIRECT is None else DIRECT.direct_row_argmax
 
 

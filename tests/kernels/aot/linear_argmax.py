@@ -8,7 +8,6 @@ from cllm_kernels.linear_argmax.triton_kernel import (
 )
 from tests.kernels.aot import FLOATS
 
-
 # Decoding's few rows, and the largest tiles.
 TILES = (
     *(("bf16", 16, True), ("bf16", 128, True), ("bf16", 128, False)),
