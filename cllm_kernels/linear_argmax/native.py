@@ -62,10 +62,10 @@ def linear_argmax_cpu(
 ) -> tuple[Tensor, Tensor]:
     """(index [M] int64, value [M] float32)."""
     rows = hidden.shape[0]
-    noise = None
+    seed_at = row_at = position_at = 0
     if seed is not None and row is not None and position is not None:
         check_row_ids("linear_argmax", row)
-        noise = (seed.data_ptr(), row.data_ptr(), position.data_ptr())
+        seed_at, row_at, position_at = seed.data_ptr(), row.data_ptr(), position.data_ptr()
     scaling = (softcap or 0.0, 1.0 if temperature is None else 1.0 / temperature)
     index = torch.full((rows,), -1, dtype=torch.int64)
     value = torch.empty(rows, dtype=torch.float32)
@@ -75,8 +75,9 @@ def linear_argmax_cpu(
     for begin in range(0, rows, _ROWS):
         end = min(begin + _ROWS, rows)
         result = (index[begin:end], value[begin:end])
-        of_rows = (0, 0, 0) if noise is None else (noise[0], *(p + 8 * begin for p in noise[1:]))
-        _sweep(hidden[begin:end], weight, bias, scaling, of_rows, *result)
+        skip = 8 * begin if seed_at else 0
+        noise = (seed_at, row_at + skip, position_at + skip)
+        _sweep(hidden[begin:end], weight, bias, scaling, noise, *result)
     return index, value
 
 
@@ -109,8 +110,8 @@ def _sweep(
             chunk = widened[:columns].copy_(chunk)
         torch.mm(hidden, chunk.t(), out=scores if columns == size else scores[:, :columns])
         bias_address = 0 if bias is None else bias.data_ptr() + 4 * first
-        arguments = (scores.data_ptr(), code, rows, size, columns, bias_address, *scaling, first)
-        arguments += noise
+        table = (scores.data_ptr(), code, rows, size, columns)
+        arguments = (*table, bias_address, *scaling, first, *noise)
         result = (index.data_ptr(), value.data_ptr(), threads)
         if exact:
             operands = (hidden.data_ptr(), width, chunk.data_ptr(), chunk.stride(0), width)

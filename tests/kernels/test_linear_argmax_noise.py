@@ -270,6 +270,12 @@ def test_scores_rounded_to_16_bits_are_looked_at_again(monkeypatch, dtype):
             noise = (seed, *keys(40, "cpu"))
             for extra in (None, bias, bias * 100):
                 check_bits(hidden, weight, extra, temperature, noise)
+        # Rounding at 1000 and at 8000 moves a score by as much as the noise does.
+        for seed, base in ((6, (40, 25)), (7, (200, 40))):
+            hidden, weight, bias = whole_numbers(40, 5001, 6, dtype, "cpu", 1, seed)
+            hidden[:, 0], weight[:, 0] = base
+            for extra in (None, bias):
+                check_bits(hidden, weight, extra, 1.0, (seed, *keys(40, "cpu")))
         # Sums beyond 65504 are infinite in fp16, of either sign.
         hidden, weight, _ = whole_numbers(40, 3000, 48, dtype, "cpu", 12, 4)
         for sign in (1, -1):
