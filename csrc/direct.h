@@ -116,7 +116,7 @@ inline bool plain(PyObject* object) {
 // False for what is no plain tensor, or none that DLPack can describe (sparse ones, say).
 inline bool borrow(PyObject* object, View& out) {
     if (!plain(object)) return false;
-    if (state.api->borrow(object, &out) == 0) return true;
+    if (state.api->borrow(object, &out) == 0) return out.dims == 0 || out.strides != nullptr;
     PyErr_Clear();
     return false;
 }

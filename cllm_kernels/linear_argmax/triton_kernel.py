@@ -133,7 +133,7 @@ def linear_argmax_reduce_kernel(
     tl.store(value_ptr + place, best)
 
 
-def tile_shape(rows: int, dtype: torch.dtype, noisy: bool) -> dict[str, int]:
+def tile_shape(rows: int, dtype: torch.dtype, roomy: bool) -> dict[str, int]:
     """Tile sizes and launch options for this many rows of hidden. Reasoned, not measured.
 
     Decoding has few rows and is bound by reading the weight once. A multiprocessor of an H100 must
@@ -145,8 +145,9 @@ def tile_shape(rows: int, dtype: torch.dtype, noisy: bool) -> dict[str, int]:
 
     Beyond 16 rows the tile grows downward, to 128 rows, so that the weight passes from L2 into
     multiprocessors once per 128 rows, and from memory once in all: blocks of the same columns are
-    neighbours. From about 300 rows on the matmul itself is the bound. With noise 64 rows are the
-    most: the registers do not hold 128 x 128 scores and their noise.
+    neighbours. From about 300 rows on the matmul itself is the bound. 64 rows are the most unless
+    `roomy`: beside 128 x 128 scores the registers hold neither their noise nor the addresses of
+    operands whose rows are not aligned to 16 elements.
 
     fp32 is multiplied without tensor cores, with operands in registers: smaller tiles.
 
@@ -158,7 +159,7 @@ def tile_shape(rows: int, dtype: torch.dtype, noisy: bool) -> dict[str, int]:
         warps = 8 if block_m == 64 else 4
         shape = {"BLOCK_M": block_m, "BLOCK_V": 64, "BLOCK_H": 32}
         return {**shape, "num_warps": warps, "num_stages": 4}
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 or noisy else 128
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 or not roomy else 128
     warps, stages = {16: (4, 5), 32: (4, 5), 64: (8, 4), 128: (8, 3)}[block_m]
     shape = {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64}
     return {**shape, "num_warps": warps, "num_stages": stages}
@@ -193,7 +194,9 @@ def linear_argmax(
         return index, value
     if row is not None:
         check_row_ids("linear_argmax", row)
-    shape = tile_shape(rows, hidden.dtype, seed is not None)
+    pointers = (hidden.data_ptr(), weight.data_ptr())
+    aligned = all(n % 16 == 0 for n in (width, hidden.stride(0), weight.stride(0), *pointers))
+    shape = tile_shape(rows, hidden.dtype, roomy=seed is None and aligned)
     tiles = triton.cdiv(vocabulary, shape["BLOCK_V"])
     tile_value = torch.empty((rows, tiles), dtype=torch.float32, device=hidden.device)
     tile_index = torch.empty((rows, tiles), dtype=torch.int32, device=hidden.device)

@@ -78,6 +78,8 @@ def test_every_entry_takes_the_word_that_the_definition_gives_it(backend, device
 @pytest.mark.parametrize("vocabulary", [1, 15, 64, 65, 251, 1025, 5000])
 def test_the_same_bits_everywhere(backend, device, vocabulary):
     row, position = ids(ROWS), ids(POSITIONS)
+    if slow_interpreter(backend, device):
+        vocabulary = min(vocabulary, 1100)
     with running(OP, backend, device):
         for seed in SEEDS[:2] if slow_interpreter(backend, device) else SEEDS:
             noise = cllm_kernels.gumbel_noise(seed, row.to(device), position.to(device), vocabulary)

@@ -17,7 +17,7 @@ TILES = (
 
 def variants():
     for short, rows, noisy in TILES:
-        shape = tile_shape(rows, FLOATS[short], noisy)
+        shape = tile_shape(rows, FLOATS[short], roomy=not noisy)
         tiles = {k: v for k, v in shape.items() if k.startswith("BLOCK")}
         launch = {k: v for k, v in shape.items() if not k.startswith("BLOCK")}
         types = {
@@ -33,7 +33,8 @@ def variants():
             "index_ptr": "*i32",
         }
         yield (
-            f"linear_argmax tiles {short} rows={rows} noise={noisy}",
+            # The tile of 128 rows is launched on aligned operands only.
+            f"linear_argmax {'tiles' if noisy else 'large'} {short} rows={rows} noise={noisy}",
             linear_argmax_tiles_kernel,
             types,
             {"HAS_BIAS": True, "HAS_CAP": True, "HAS_NOISE": noisy, **tiles},
