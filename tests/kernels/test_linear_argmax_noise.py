@@ -61,7 +61,7 @@ def check_bits(hidden, weight, bias, temperature, noise):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "width"),
-    [(1, 1, 1), (7, 251, 100), (252, 251, 33), (1, 32000, 24), (7, 50257, 20), (3, 49152, 17)],
+    [(1, 1, 1), (7, 251, 100), (252, 251, 33), (1, 32000, 24), (2, 50257, 20), (3, 49152, 17)],
 )
 def test_the_winner_and_its_score_bit_for_bit(backend, device, rows, vocabulary, width, dtype):
     skip_what_the_interpreter_gets_wrong(backend, device, dtype)
@@ -266,8 +266,8 @@ def test_scores_rounded_to_16_bits_are_looked_at_again(monkeypatch, dtype):
         monkeypatch.setattr(native, "_fast_matmul", lambda dtype: True)
         monkeypatch.setattr(torch, "mm", rounding_once)
         for seed, high, temperature in ((0, 3, 3.0), (1, 12, 400.0), (2, 12, 0.5), (3, 2, 1.0)):
-            hidden, weight, bias = whole_numbers(40, 20001, 48, dtype, "cpu", high, seed)
-            noise = (seed, *keys(40, "cpu"))
+            hidden, weight, bias = whole_numbers(16, 17001, 48, dtype, "cpu", high, seed)
+            noise = (seed, *keys(16, "cpu"))
             for extra in (None, bias, bias * 100):
                 check_bits(hidden, weight, extra, temperature, noise)
         # Rounding at 1000 and at 8000 moves a score by as much as the noise does.
@@ -278,6 +278,7 @@ def test_scores_rounded_to_16_bits_are_looked_at_again(monkeypatch, dtype):
                 check_bits(hidden, weight, extra, 1.0, (seed, *keys(40, "cpu")))
         # Sums beyond 65504 are infinite in fp16, of either sign.
         hidden, weight, _ = whole_numbers(40, 3000, 48, dtype, "cpu", 12, 4)
+        noise = (4, *keys(40, "cpu"))
         for sign in (1, -1):
             large = (weight.float().abs() * 64 * sign).to(dtype)
             check_bits((hidden.float().abs() * 8).to(dtype), large, None, 3000.0, noise)

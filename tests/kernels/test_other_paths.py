@@ -38,6 +38,7 @@ def run_tests(selection: str, **environment: str) -> None:
     assert " passed" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.timeout(400)  # all files of this folder in one test
 def test_triton_kernels_in_the_interpreter():
     if reason := _triton_reason():
         pytest.skip(reason)
