@@ -2,10 +2,11 @@
 
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
-    linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
+    linear_argmax(h, W)   argmax of h @ W.T, or a sample of its softmax; the logits never held whole
     linear_consistency_loss(s, t, W, ...)
                           divergence of two heads' outputs and cross-entropy, with gradients, the
                           logits of a few tokens at a time
+    gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -25,6 +26,7 @@ from cllm_kernels._backend import (
     use_backend,
 )
 from cllm_kernels._native import build_info
+from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
 from cllm_kernels.linear_consistency_loss import linear_consistency_loss
@@ -38,6 +40,7 @@ __all__ = [
     "backends",
     "build_info",
     "current_backend",
+    "gumbel_noise",
     "jacobi_step",
     "linear_argmax",
     "linear_consistency_loss",

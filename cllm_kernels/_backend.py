@@ -56,6 +56,7 @@ class Op:
     implementations: Mapping[str, Callable[[], Any]]
     preference: Mapping[str, tuple[str, ...]]
     _resolved: dict[tuple[str, torch.device], Any] = field(default_factory=dict)
+    _native: dict[tuple[str, torch.device], bool] = field(default_factory=dict)
 
     def unavailable(self, backend: str, device: torch.device) -> str | None:
         """Why this backend cannot run on this device, in one line; None if it can."""
@@ -110,6 +111,20 @@ class Op:
                 "reference can"
             )
         return self.implementations["reference"]()
+
+    def native_threads(self, device: torch.device) -> int:
+        """How many threads the direct native call may use; 0 where another backend was resolved.
+
+        Nothing is resolved here, so a device's first call goes the long way.
+        """
+        name = self._native.get((_choice, device))
+        if name is None:
+            function = self._resolved.get((_choice, device))
+            if function is None:
+                return 0
+            name = function.__module__.endswith(".native")
+            self._native[_choice, device] = name
+        return torch.get_num_threads() if name else 0
 
 
 _ops: dict[str, Op] = {}

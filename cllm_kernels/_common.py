@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
+
+from cllm_kernels._native import native_module
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The numbers of enum class Dtype in csrc/ops.h.
@@ -25,13 +29,21 @@ _plain = (Tensor, Parameter)
 _DEVICES = ("cpu", "cuda")
 
 
-def eager(*tensors: Tensor) -> bool:
-    """Whether the implementation may be called directly, around torch's dispatcher.
+def _install_direct() -> Any:
+    """_C, if its direct functions can read this torch's tensors (csrc/direct.h); else None."""
+    native = native_module()
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # since torch 2.11
+    if native is None or not _can_tell or type(exchange).__name__ != "PyCapsule":
+        return None
+    watchers = (_dispatch_modes, _function_modes, _transforms, _tracing)
+    return native if native.direct_install(exchange, Tensor, Parameter, *watchers) else None
 
-    True for plain tensors on a CPU or CUDA device with no compiler, tracer, mode or functional
-    transform at work. Going through the dispatcher costs more than a small op itself.
-    """
-    if torch.compiler.is_compiling() or not _can_tell:
+
+DIRECT = _install_direct()
+
+
+def _eager(*tensors: Tensor) -> bool:
+    if is_compiling() or not _can_tell:
         return False
     if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
         return False
@@ -39,6 +51,25 @@ def eager(*tensors: Tensor) -> bool:
         if type(tensor) not in _plain:
             return False
     return tensors[0].device.type in _DEVICES
+
+
+def _eager_direct(*tensors: Tensor) -> bool:
+    return not is_compiling() and _ask(*tensors)
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether the implementation may be called directly, around torch's dispatcher.
+
+    True for plain tensors, the first of them on a CPU or CUDA device, with no compiler, tracer,
+    mode or functional transform at work. Going through the dispatcher costs more than a small op
+    itself.
+    """
+    return _eager(*tensors)
+
+
+if DIRECT is not None:
+    _ask: Callable[..., bool] = DIRECT.direct_eager
+    eager = _eager_direct
 
 
 def shape_text(tensor: Tensor) -> str:

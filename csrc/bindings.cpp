@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "direct.h"
 #include "ops.h"
 
 #ifdef _OPENMP
@@ -72,24 +73,46 @@ void row_argmax_cpu(uintptr_t logits, int dtype, int64_t rows, int64_t inner, in
     cllm::row_argmax_cpu(table, pointer<int64_t>(index), pointer<void>(value), threads);
 }
 
+cllm::Noise noise_argument(uintptr_t seed, uintptr_t row, uintptr_t position) {
+    return {pointer<const int64_t>(seed), pointer<const int64_t>(row),
+            pointer<const int64_t>(position)};
+}
+
+void gumbel_noise_cpu(uintptr_t seed, uintptr_t row, uintptr_t position, int64_t rows,
+                      int64_t vocabulary, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    cllm::gumbel_noise_cpu(noise_argument(seed, row, position), rows, vocabulary,
+                           pointer<float>(out), threads);
+}
+
 void running_argmax_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t row_stride,
-                        int64_t columns, uintptr_t bias, float softcap, int64_t first,
-                        uintptr_t index, uintptr_t value, int threads) {
+                        int64_t columns, uintptr_t bias, float softcap, float scale, int64_t first,
+                        uintptr_t seed, uintptr_t noise_row, uintptr_t position, uintptr_t index,
+                        uintptr_t value, int threads) {
     const cllm::ScoreChunk chunk{
         rows_argument(scores, dtype, rows, rows > 0 ? rows : 1, 0, row_stride, columns),
-        pointer<const float>(bias), softcap, first};
+        pointer<const float>(bias),
+        softcap,
+        scale,
+        first,
+        noise_argument(seed, noise_row, position)};
     py::gil_scoped_release release;
     cllm::running_argmax_cpu(chunk, pointer<int64_t>(index), pointer<float>(value), threads);
 }
 
 void running_argmax_exact_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t row_stride,
-                              int64_t columns, uintptr_t bias, float softcap, int64_t first,
-                              uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
-                              int64_t weight_stride, int64_t width, uintptr_t index,
-                              uintptr_t value, int threads) {
+                              int64_t columns, uintptr_t bias, float softcap, float scale,
+                              int64_t first, uintptr_t seed, uintptr_t noise_row,
+                              uintptr_t position, uintptr_t hidden, int64_t hidden_stride,
+                              uintptr_t weight, int64_t weight_stride, int64_t width,
+                              uintptr_t index, uintptr_t value, int threads) {
     const cllm::ScoreChunk chunk{
         rows_argument(scores, dtype, rows, rows > 0 ? rows : 1, 0, row_stride, columns),
-        pointer<const float>(bias), softcap, first};
+        pointer<const float>(bias),
+        softcap,
+        scale,
+        first,
+        noise_argument(seed, noise_row, position)};
     const cllm::LinearOperands operands{pointer<const void>(hidden), hidden_stride,
                                         pointer<const void>(weight), weight_stride, width};
     py::gil_scoped_release release;
@@ -166,9 +189,11 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native kernels of cllm_kernels; addresses and sizes in, no tensors.";
     module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
     module.def("row_argmax_cpu", &row_argmax_cpu);
+    module.def("gumbel_noise_cpu", &gumbel_noise_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
     module.def("consistency_chunk_cpu", consistency_chunk(&cllm::consistency_chunk_cpu));
+    if (!cllm::direct::add_to(module.ptr())) throw py::error_already_set();
     module.def("isa", &isa_name);
 #ifdef _OPENMP
     module.def("openmp_threads", [] { return omp_get_max_threads(); });

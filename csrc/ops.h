@@ -53,15 +53,29 @@ struct Rows {
 // index [rows], value [rows] of the same type as the rows.
 void row_argmax_cpu(const Rows& logits, int64_t* index, void* value, int threads);
 
+// What the noise of each row is a function of; the vocabulary index comes on top.
+struct Noise {
+    const int64_t* seed;      // [1]: 64 bits of key
+    const int64_t* row;       // [rows], the low 32 bits count
+    const int64_t* position;  // [rows]
+};
+
+// out [rows, vocabulary]: the Gumbel noise of cllm_kernels/gumbel_noise/reference.py.
+void gumbel_noise_cpu(const Noise& noise, int64_t rows, int64_t vocabulary, float* out,
+                      int threads);
+
 // One chunk of the vocabulary for linear_argmax: scores [rows, columns] are the columns
 // first .. first + columns - 1 of hidden @ weight.T. index [rows] and value [rows] hold the best of
-// the earlier chunks (index < 0: none yet) and are updated. bias [columns] may be null; softcap 0
-// means none.
+// the earlier chunks (index < 0: none yet) and are updated. What is compared is
+// softcap(scores + bias) * scale + noise. bias [columns] may be null; softcap 0 means none; a null
+// noise.seed means no noise, else 64 must divide first.
 struct ScoreChunk {
     Rows scores;
     const float* bias;  // [columns] of this chunk, or null
     float softcap;
+    float scale;
     int64_t first;
+    Noise noise;
 };
 
 void running_argmax_cpu(const ScoreChunk& chunk, int64_t* index, float* value, int threads);

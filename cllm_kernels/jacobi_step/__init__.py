@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import DIRECT, LIBRARY, dtype_text, eager, shape_text
 
 MODES = ("sliding", "block")
 ACCEPTS = ("all", "one")
+_direct = None if DIRECT is None else DIRECT.direct_jacobi_step
 
 
 def _reference() -> Any:
@@ -93,6 +95,28 @@ def jacobi_step(
         ValueError: a shape, layout, mode or accept that does not fit, or, on the CPU, a row whose
             state is out of bounds. TypeError: a wrong dtype. BackendError: see `use_backend`.
     """
+    if _direct is not None and not is_compiling():
+        # One native call checks everything and runs; it answers None to leave the rest to do.
+        threads = OP.native_threads(window.device)
+        if threads and mode in MODES and accept in ACCEPTS:
+            accepted = _direct(
+                window,
+                predictions,
+                output,
+                lengths,
+                generated,
+                progress,
+                done,
+                limits,
+                stop_ids,
+                fill,
+                torch.empty_like,
+                mode == "block",
+                accept == "one",
+                threads,
+            )
+            if accepted is not None:
+                return accepted
     tensors = (
         *(window, predictions, output, lengths, generated, progress, limits, stop_ids),
         *(() if fill is None else (fill,)),

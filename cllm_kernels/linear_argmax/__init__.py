@@ -1,4 +1,4 @@
-"""linear_argmax: the language-model head and its argmax in one op, the logits never held whole."""
+"""linear_argmax: a language model's head and its argmax, or a sample, without the logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cllm_kernels._backend import Op, register
 from cllm_kernels._common import FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels.gumbel_noise.arguments import Ids, Seed, noise_tensors
 
 
 def _reference() -> Any:
@@ -45,37 +46,82 @@ def linear_argmax(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    temperature: float | None = None,
+    noise: tuple[Seed, Ids, Ids] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """argmax over v of softcap * tanh((hidden @ weight.T + bias) / softcap), row by row.
+    """argmax over v of softcap(hidden @ weight.T + bias) / temperature + noise, row by row.
 
-    Scores are accumulated, biased, capped and compared in fp32. The lowest index wins a tie; a NaN
-    counts as larger than everything and the first NaN wins, as in torch.argmax.
+    softcap(x) is softcap * tanh(x / softcap). Scores are accumulated, biased, capped, scaled,
+    perturbed and compared in fp32. The lowest index wins a tie; a NaN counts as larger than
+    everything and the first NaN wins, as in torch.argmax.
+
+    With noise the index is an exact sample from softmax(logits / temperature), a function of the
+    row's logits and of its key (seed, row, position) alone: the same in every batch and, as far as
+    the logits are, on every backend (see `gumbel_noise`, whose numbers are added).
 
     Args:
         hidden: [M, H] float32, bfloat16 or float16; M may be 0.
         weight: [V, H] of the same dtype and device, V >= 1.
         bias: [V] float32 or of hidden's dtype, or None.
         softcap: a positive number, or None for no soft-capping (Gemma 2, Gemma Team 2024, sec. 2).
+        temperature: a positive number (1e-30 to 1e30) to divide by, or None for 1. For the most
+            likely token leave noise out: no temperature is needed then, and 0 is none.
+        noise: (seed, row, position), or None for no noise. seed: an int of 64 bits, or an int64
+            tensor, [] or [1]. row: [M] int64, the id of each row's sequence, below 2^32; or an int
+            for all. position: [M] int64, the place in its sequence of the token to be drawn; or an
+            int for all.
 
     Returns:
-        (index [M] int64, value [M] float32). No gradient flows through either.
+        (index [M] int64, value [M] float32). The value is the winner's score, all of the above
+        included: with noise not a logit, but (minus log-sum-exp of logits / temperature) a sample
+        of the standard Gumbel distribution. No gradient flows through either.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a soft-cap that is not positive and finite.
+        ValueError: shapes or devices that do not fit, a number out of its range.
         TypeError: a wrong dtype. BackendError: see `use_backend`.
     """
-    _check(hidden, weight, bias, softcap)
-    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    if eager(*tensors) and not (hidden.is_neg() or weight.is_neg()):
+    if not (
+        hidden.dim() == 2
+        and weight.dim() == 2
+        and weight.shape[1] == hidden.shape[1]
+        and weight.shape[0] >= 1
+        and hidden.dtype in FLOAT_DTYPES
+        and weight.dtype is hidden.dtype
+        and weight.device == hidden.device
+        and bias is softcap is temperature is None
+    ):
+        _check(hidden, weight, bias, softcap, temperature)
+    seed = row = position = None
+    if noise is not None:
+        seed, row, position = _noise(noise, hidden)
+    if bias is None and seed is None:
+        direct = eager(hidden, weight)
+    else:
+        direct = eager(*(x for x in (hidden, weight, bias, seed, row, position) if x is not None))
+    if direct and not (hidden.is_neg() or weight.is_neg()):
         hidden = hidden.detach() if hidden.requires_grad else hidden
-        return OP.resolve(hidden.device)(hidden, weight.detach(), bias, softcap)
+        weight = weight.detach() if weight.requires_grad else weight
+        run = OP.resolve(hidden.device)
+        return run(hidden, weight, bias, softcap, temperature, seed, row, position)
     bias = None if bias is None else bias.detach()
     return torch.ops.cllm_kernels.linear_argmax.default(
-        hidden.detach(), weight.detach(), bias, softcap
+        hidden.detach(), weight.detach(), bias, softcap, temperature, seed, row, position
     )
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def _noise(noise: tuple[Seed, Ids, Ids], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(noise, tuple | list) or len(noise) != 3:
+        raise ValueError("linear_argmax: noise must be (seed, row, position) or None")
+    return noise_tensors("linear_argmax: noise", *noise, hidden.shape[0], hidden.device)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float | None,
+) -> None:
     if hidden.dim() != 2:
         raise ValueError(f"linear_argmax: hidden must be [M, H], not {shape_text(hidden)}")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[1]:
@@ -114,24 +160,37 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
             )
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"linear_argmax: softcap must be a positive number or None, not {softcap}")
+    # Beyond these bounds a number or its reciprocal leaves the range of fp32.
+    if temperature is not None and not 1e-30 <= temperature <= 1e30:
+        raise ValueError(
+            "linear_argmax: temperature must be a positive finite number (1e-30 to 1e30) or None, "
+            f"not {temperature}; for the most likely token pass no noise"
+        )
 
 
+# The seed is a tensor here: a number would be compiled in.
 LIBRARY.define(
-    "linear_argmax(Tensor hidden, Tensor weight, Tensor? bias, float? softcap) "
+    "linear_argmax(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, "
+    "float? temperature=None, Tensor? seed=None, Tensor? row=None, Tensor? position=None) "
     "-> (Tensor index, Tensor value)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def _dispatched(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float | None = None,
+    *noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return OP.resolve(hidden.device)(hidden, weight, bias, softcap)
+    seed, row, position = noise or (None, None, None)
+    run = OP.resolve(hidden.device)
+    return run(hidden, weight, bias, softcap, temperature, seed, row, position)
 
 
-def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = hidden.shape[0]
     return (
         hidden.new_empty(rows, dtype=torch.int64),

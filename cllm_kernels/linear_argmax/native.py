@@ -6,6 +6,9 @@ A chunk's scores stay in cache between the two. What the scores are depends on t
 - bfloat16 and float16, where torch's matmul is fast in that dtype (oneDNN with the instructions
   for it): it accumulates in fp32 but rounds its output to 16 bits, and rounding ties tokens that
   differ. Rounding is monotone, so the winner is among the tied: those are computed again in fp32.
+  With noise, which reorders what rounding tied, every token whose score may have been high enough
+  before it was rounded to beat the winner so far is computed again: a handful per row, because few
+  come that near to it.
 - bfloat16 and float16 elsewhere: each chunk of the weight is widened to fp32 and multiplied there
   (torch's own fp16 matmul without such instructions is slower and off by tens of units in the last
   place).
@@ -19,6 +22,7 @@ from torch import Tensor
 from cllm_kernels._common import DTYPE_CODES
 from cllm_kernels._matmul import fast_cpu_matmul
 from cllm_kernels._native import native_module
+from cllm_kernels.gumbel_noise.arguments import check_row_ids
 
 _C = native_module()
 
@@ -26,28 +30,40 @@ _C = native_module()
 # 512 KiB, within any L2, and the scores of the vocabulary are never held. torch's fp32 matmul of
 # few rows is faster in such pieces than whole (14.6 against 21.5 ms for [16, 576] x [49152, 576] on
 # two AVX-512 cores); its bf16 matmul does not care, and fewer pieces wait for threads less often.
+# All are multiples of 64, the vocabulary entries whose noise is made together.
 _CHUNK = {torch.float32: 4096, torch.bfloat16: 16384, torch.float16: 16384}
 _WIDENED = 2048  # where a chunk of the weight itself is written out in fp32
 _ROWS = 512  # of hidden at a time, so that the scores stay small for long inputs too
 
 
-@torch.no_grad()
 def linear_argmax_cpu(
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     softcap: float | None,
+    temperature: float | None,
+    seed: Tensor | None,  # [1] int64
+    row: Tensor | None,  # [M] int64
+    position: Tensor | None,  # [M] int64
 ) -> tuple[Tensor, Tensor]:
     """(index [M] int64, value [M] float32)."""
     rows = hidden.shape[0]
+    seed_at = row_at = position_at = 0
+    if seed is not None and row is not None and position is not None:
+        check_row_ids("linear_argmax", row)
+        seed_at, row_at, position_at = seed.data_ptr(), row.data_ptr(), position.data_ptr()
+    scaling = (softcap or 0.0, 1.0 if temperature is None else 1.0 / temperature)
     index = torch.full((rows,), -1, dtype=torch.int64)
     value = torch.empty(rows, dtype=torch.float32)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
     hidden = hidden.detach().contiguous()
     weight = weight.detach()
     for begin in range(0, rows, _ROWS):
         end = min(begin + _ROWS, rows)
-        _sweep(hidden[begin:end], weight, bias, softcap, index[begin:end], value[begin:end])
+        result = (index[begin:end], value[begin:end])
+        skip = 8 * begin if seed_at else 0
+        noise = (seed_at, row_at + skip, position_at + skip)
+        _sweep(hidden[begin:end], weight, bias, scaling, noise, *result)
     return index, value
 
 
@@ -55,7 +71,8 @@ def _sweep(
     hidden: Tensor,  # [R, H], contiguous
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V] float32
-    softcap: float | None,
+    scaling: tuple[float, float],  # soft-cap (0: none) and 1 / temperature
+    noise: tuple[int, int, int],  # addresses of seed, row [R] and position [R], or zeros
     index: Tensor,  # [R], -1 at first, written
     value: Tensor,  # [R], written
 ) -> None:
@@ -71,7 +88,7 @@ def _sweep(
         widened = torch.empty(min(_WIDENED, vocabulary), width)
     size = min(_CHUNK[dtype] if widened is None else _WIDENED, vocabulary)
     scores = torch.empty(rows, size, dtype=dtype)
-    code, threads, cap = DTYPE_CODES[dtype], torch.get_num_threads(), softcap or 0.0
+    code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
     for first in range(0, vocabulary, size):
         chunk = weight[first : first + size]
         columns = chunk.shape[0]
@@ -79,7 +96,8 @@ def _sweep(
             chunk = widened[:columns].copy_(chunk)
         torch.mm(hidden, chunk.t(), out=scores if columns == size else scores[:, :columns])
         bias_address = 0 if bias is None else bias.data_ptr() + 4 * first
-        arguments = (scores.data_ptr(), code, rows, size, columns, bias_address, cap, first)
+        table = (scores.data_ptr(), code, rows, size, columns)
+        arguments = (*table, bias_address, *scaling, first, *noise)
         result = (index.data_ptr(), value.data_ptr(), threads)
         if exact:
             operands = (hidden.data_ptr(), width, chunk.data_ptr(), chunk.stride(0), width)

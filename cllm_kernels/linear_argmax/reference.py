@@ -5,18 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllm_kernels.gumbel_noise.arguments import check_row_ids
+from cllm_kernels.gumbel_noise.reference import gumbel_noise
+
 
 def linear_argmax(
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     softcap: float | None,
+    temperature: float | None,
+    seed: Tensor | None,  # [1] int64
+    row: Tensor | None,  # [M] int64
+    position: Tensor | None,  # [M] int64
 ) -> tuple[Tensor, Tensor]:
-    """argmax over v of softcap * tanh((hidden @ weight.T + bias) / softcap), all in fp32."""
-    logits = hidden.float() @ weight.float().T  # [M, V]
+    """argmax over v of softcap(hidden @ weight.T + bias) / temperature + noise, all in fp32."""
+    scores = hidden.float() @ weight.float().T  # [M, V]
     if bias is not None:
-        logits = logits + bias.float()
+        scores = scores + bias.float()
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    index = logits.argmax(dim=-1)
-    return index, logits.gather(-1, index[:, None])[:, 0]
+        scores = softcap * torch.tanh(scores / softcap)
+    if temperature is not None:
+        # The reciprocal, rounded to fp32, and one multiplication: GPUs divide less exactly.
+        scores = scores * (1.0 / temperature)
+    if seed is not None and row is not None and position is not None:
+        check_row_ids("linear_argmax", row)
+        scores = scores + gumbel_noise(seed, row, position, weight.shape[0])
+    index = scores.argmax(dim=-1)
+    return index, scores.gather(-1, index[:, None])[:, 0]

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm_kernels._triton import FUSION, better, device_of, tanh, tile_argmax
+from cllm_kernels.gumbel_noise.arguments import check_row_ids
+from cllm_kernels.gumbel_noise.triton_kernel import gumbel_tile
 
 _NONE = tl.constexpr(2147483647)
 _FAR = 2**31 // 256  # elements between rows: 256 rows, more than any tile has, stay below 2^31
@@ -22,6 +24,9 @@ def linear_argmax_tiles_kernel(
     hidden_ptr,  # [rows, width], rows hidden_stride apart
     weight_ptr,  # [vocabulary, width], rows weight_stride apart
     bias_ptr,  # [vocabulary], unread unless HAS_BIAS
+    seed_ptr,  # [1] int64, unread unless HAS_NOISE, as the next two
+    noise_row_ptr,  # [rows] int64
+    position_ptr,  # [rows] int64
     value_ptr,  # [rows, tiles] float32, written
     index_ptr,  # [rows, tiles] int32, written
     rows,
@@ -31,8 +36,10 @@ def linear_argmax_tiles_kernel(
     weight_stride,
     tiles,
     softcap,
+    scale,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -74,6 +81,12 @@ def linear_argmax_tiles_kernel(
         scores = scores + bias[None, :]
     if HAS_CAP:
         scores = softcap * tanh(scores / softcap)
+    scores = scores * scale
+    if HAS_NOISE:
+        noise_row = tl.load(noise_row_ptr + row, mask=real_row, other=0)
+        position = tl.load(position_ptr + row, mask=real_row, other=0)
+        seed = tl.load(seed_ptr)
+        scores += gumbel_tile(seed, noise_row, position, first_column, BLOCK_M, BLOCK_V)
     valid = real_column[None, :] & (row[:, None] >= 0)
     columns = column[None, :] + tl.zeros((BLOCK_M, BLOCK_V), tl.int32)
     value, index = tile_argmax(scores, columns, valid, _NONE)
@@ -106,18 +119,36 @@ def linear_argmax_reduce_kernel(
     tl.store(value_ptr + place, best)
 
 
-def tile_shape(rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options for this many rows of hidden.
+def tile_shape(rows: int, dtype: torch.dtype, roomy: bool) -> dict[str, int]:
+    """Tile sizes and launch options for this many rows of hidden. Reasoned, not measured.
 
-    Decoding has few rows and is bound by reading the weight: wide tiles of it, shallow in rows.
-    fp32 without tensor cores keeps its operands in registers, so its tiles are smaller.
+    Decoding has few rows and is bound by reading the weight once. A multiprocessor of an H100 must
+    keep some 20 KiB on their way (3.35 TB/s x 0.7 us / 132); a block of the shapes below asks for
+    48 KiB and two to three blocks fit beside each other, so that one reads while another is in its
+    epilogue, and 64 elements of a row of the weight are one whole 128-byte line. 128 columns give
+    250 (V = 32000) to 2000 (256000) blocks per 128 rows: two or more for each multiprocessor, and
+    the last wave leaves a twentieth of them idle.
+
+    Beyond 16 rows the tile grows downward, to 128 rows, so that the weight passes from L2 into
+    multiprocessors once per 128 rows, and from memory once in all: blocks of the same columns are
+    neighbours. From about 300 rows on the matmul itself is the bound. 64 rows are the most unless
+    `roomy`: beside 128 x 128 scores the registers hold neither their noise nor the addresses of
+    operands whose rows are not aligned to 16 elements.
+
+    fp32 is multiplied without tensor cores, with operands in registers: smaller tiles.
+
+    Every shape stays below the 99 KiB of shared memory that the smallest of these GPUs have; a GPU
+    older than Hopper keeps one stage less than it is told.
     """
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if dtype == torch.float32:
-        block_m = min(block_m, 32)
-        return {"BLOCK_M": block_m, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
-    warps = 4 if block_m <= 32 else 8
-    return {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": warps, "num_stages": 3}
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        warps = 8 if block_m == 64 else 4
+        shape = {"BLOCK_M": block_m, "BLOCK_V": 64, "BLOCK_H": 32}
+        return {**shape, "num_warps": warps, "num_stages": 4}
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 or not roomy else 128
+    warps, stages = {16: (4, 5), 32: (4, 5), 64: (8, 4), 128: (8, 3)}[block_m]
+    shape = {"BLOCK_M": block_m, "BLOCK_V": 128, "BLOCK_H": 64}
+    return {**shape, "num_warps": warps, "num_stages": stages}
 
 
 def _addressable(matrix: Tensor) -> Tensor:
@@ -132,6 +163,10 @@ def linear_argmax(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     softcap: float | None,
+    temperature: float | None,
+    seed: Tensor | None,  # [1] int64
+    row: Tensor | None,  # [M] int64
+    position: Tensor | None,  # [M] int64
 ) -> tuple[Tensor, Tensor]:
     """(index [M] int64, value [M] float32)."""
     hidden = _addressable(hidden)
@@ -143,7 +178,11 @@ def linear_argmax(
     value = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return index, value
-    shape = tile_shape(rows, hidden.dtype)
+    if row is not None:
+        check_row_ids("linear_argmax", row)
+    pointers = (hidden.data_ptr(), weight.data_ptr())
+    aligned = all(n % 16 == 0 for n in (width, hidden.stride(0), weight.stride(0), *pointers))
+    shape = tile_shape(rows, hidden.dtype, roomy=seed is None and aligned)
     tiles = triton.cdiv(vocabulary, shape["BLOCK_V"])
     tile_value = torch.empty((rows, tiles), dtype=torch.float32, device=hidden.device)
     tile_index = torch.empty((rows, tiles), dtype=torch.int32, device=hidden.device)
@@ -152,6 +191,9 @@ def linear_argmax(
             hidden,
             weight,
             hidden if bias is None else bias,
+            index if seed is None else seed,
+            index if row is None else row,
+            index if position is None else position,
             tile_value,
             tile_index,
             rows,
@@ -161,8 +203,10 @@ def linear_argmax(
             weight.stride(0),
             tiles,
             softcap or 0.0,
+            1.0 if temperature is None else 1.0 / temperature,
             HAS_BIAS=bias is not None,
             HAS_CAP=softcap is not None,
+            HAS_NOISE=seed is not None,
             **shape,
             **FUSION,
         )

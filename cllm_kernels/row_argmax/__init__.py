@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import DIRECT, FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
+
+_direct = None if DIRECT is None else DIRECT.direct_row_argmax
 
 
 def _reference() -> Any:
@@ -55,6 +58,16 @@ def row_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: no or an empty last dimension, or one that is not contiguous. TypeError: another
             dtype. BackendError: see `use_backend`.
     """
+    if _direct is not None and not is_compiling():
+        # One native call checks everything and runs; it answers None to leave the rest to do.
+        threads = OP.native_threads(logits.device)
+        if threads and logits.is_cpu and not logits.is_neg() and eager(logits):
+            shape = logits.shape
+            # torch reads one number sooner than a tuple of one.
+            index = torch.empty(shape[0] if len(shape) == 2 else shape[:-1], dtype=torch.int64)
+            value = torch.empty_like(index, dtype=logits.dtype)
+            if _direct(logits, index, value, threads) is not None:
+                return index, value
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"row_argmax: logits must be [..., V] with V >= 1, not {shape_text(logits)}"

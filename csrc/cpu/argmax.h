@@ -1,4 +1,5 @@
-// What row_argmax and linear_argmax share: scans of one row, compiled once per instruction set.
+// What row_argmax, linear_argmax and gumbel_noise share: scans of one row and its noise, compiled
+// once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,24 @@ struct Scores {
     int64_t count;
 };
 
+// Key and counter of one row of noise, but for the counter word that runs over the vocabulary.
+struct NoiseKey {
+    uint32_t seed[2];  // low and high word, as of the position
+    uint32_t row;
+    uint32_t position[2];
+};
+
+// One row of a chunk of the vocabulary, to be perturbed: softcap(x) * scale + noise.
+struct PerturbedRow {
+    Scores scores;
+    float softcap;  // 0: none
+    float scale;
+    int64_t first;  // vocabulary index of the chunk's first column, a multiple of 64
+    NoiseKey key;
+    const void* hidden;  // [width], null: the scores are fp32 and need no second look
+    const LinearOperands* operands;
+};
+
 struct ArgmaxKernels {
     // First position of the largest element of data [count]; NaN counts as larger than everything.
     Best (*span)(const void* data, Dtype dtype, int64_t count);
@@ -31,6 +50,10 @@ struct ArgmaxKernels {
     int64_t (*first_at_least)(const Scores& scores, int64_t begin, float threshold);
     // sum of a[i] * b[i] over 16-bit operands [width], accumulated in fp32.
     float (*dot)(const void* a, const void* b, Dtype dtype, int64_t width);
+    // Folds a row into the running winner: index < 0 means none yet.
+    void (*perturbed)(const PerturbedRow& row, int64_t* index, float* value);
+    // out [count]: the noise of vocabulary entries first .. first + count - 1; 64 divides first.
+    void (*noise)(const NoiseKey& key, int64_t first, int64_t count, float* out);
 };
 
 extern const ArgmaxKernels kArgmaxScalar;
@@ -38,6 +61,14 @@ extern const ArgmaxKernels kArgmaxScalar;
 extern const ArgmaxKernels kArgmaxAvx2;
 extern const ArgmaxKernels kArgmaxAvx512;
 #endif
+
+inline NoiseKey noise_key(const Noise& noise, int64_t row) {
+    const auto seed = static_cast<uint64_t>(*noise.seed);
+    const auto position = static_cast<uint64_t>(noise.position[row]);
+    return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+            static_cast<uint32_t>(noise.row[row]),
+            {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)}};
+}
 
 inline const ArgmaxKernels& argmax_kernels() {
 #if defined(__x86_64__)

@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     using Vec = __m256;
+    using Ints = __m256i;  // eight of 32 bits
     using Nan = __m256;
     using Keys = __m256i;
     static constexpr int64_t kWidth = 8;
@@ -50,6 +51,49 @@ struct Simd {
             _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_GE_OQ)));
     }
 
+    static void store(float* data, Vec a) { _mm256_storeu_ps(data, a); }
+    static Vec subtract(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+    static Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+    static Vec divide(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+    static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+    static Vec absolute(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+    // Whether a lane lies above the bound or is NaN.
+    static bool exceeds(Vec a, float bound) {
+        return _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_set1_ps(bound), _CMP_NLE_UQ)) != 0;
+    }
+    static Ints fill_ints(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+    static Ints count_from(uint32_t first) {
+        return _mm256_add_epi32(fill_ints(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    }
+    static Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+    static Ints subtract_ints(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+    static Ints xor_ints(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+    template <int kBits>
+    static Ints arithmetic_right(Ints a) {
+        return _mm256_srai_epi32(a, kBits);
+    }
+    template <int kBits>
+    static Ints left(Ints a) {
+        return _mm256_slli_epi32(a, kBits);
+    }
+    static Vec to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
+    static Ints as_ints(Vec a) { return _mm256_castps_si256(a); }
+    static Vec as_floats(Ints a) { return _mm256_castsi256_ps(a); }
+    static Vec select_negative(Ints sign, Vec a, Vec b) {
+        return _mm256_blendv_ps(b, a, as_floats(sign));
+    }
+    static Vec select_zero(Ints zero, Vec a, Vec b) {
+        return _mm256_blendv_ps(b, a, as_floats(_mm256_cmpeq_epi32(zero, _mm256_setzero_si256())));
+    }
+    // 32 x 32 -> 64 bits, unsigned: the even lanes and the odd ones each give four products.
+    static void multiply_wide(Ints a, uint32_t factor, Ints& high, Ints& low) {
+        const Ints b = fill_ints(factor);
+        const Ints even = _mm256_mul_epu32(a, b);
+        const Ints odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+        high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+        low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    }
+
     static Keys load_keys(const uint16_t* data) {
         const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
         const __m256i lower =
@@ -81,10 +125,12 @@ struct Simd {
 };
 
 #include "argmax_body.h"
+#include "noise_body.h"
+#include "perturbed_body.h"
 
 }  // namespace
 
-const ArgmaxKernels kArgmaxAvx2{span, largest, first_at_least, dot};
+const ArgmaxKernels kArgmaxAvx2{span, largest, first_at_least, dot, perturbed, noise_row};
 
 }  // namespace cllm
 #endif

@@ -14,6 +14,7 @@ namespace {
 
 struct Simd {
     using Vec = __m512;
+    using Ints = __m512i;  // sixteen of 32 bits
     using Nan = __mmask16;
     using Keys = __m512i;
     static constexpr int64_t kWidth = 16;
@@ -44,6 +45,50 @@ struct Simd {
         return _mm512_cmp_ps_mask(a, _mm512_set1_ps(threshold), _CMP_GE_OQ);
     }
 
+    static void store(float* data, Vec a) { _mm512_storeu_ps(data, a); }
+    static Vec subtract(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+    static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+    static Vec divide(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+    static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+    static Vec absolute(Vec a) { return _mm512_abs_ps(a); }
+    // Whether a lane lies above the bound or is NaN.
+    static bool exceeds(Vec a, float bound) {
+        return _mm512_cmp_ps_mask(a, _mm512_set1_ps(bound), _CMP_NLE_UQ) != 0;
+    }
+    static Ints fill_ints(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
+    static Ints count_from(uint32_t first) {
+        return _mm512_add_epi32(fill_ints(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9,
+                                                                    10, 11, 12, 13, 14, 15));
+    }
+    static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+    static Ints subtract_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+    static Ints xor_ints(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+    template <int kBits>
+    static Ints arithmetic_right(Ints a) {
+        return _mm512_srai_epi32(a, kBits);
+    }
+    template <int kBits>
+    static Ints left(Ints a) {
+        return _mm512_slli_epi32(a, kBits);
+    }
+    static Vec to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+    static Ints as_ints(Vec a) { return _mm512_castps_si512(a); }
+    static Vec as_floats(Ints a) { return _mm512_castsi512_ps(a); }
+    static Vec select_negative(Ints sign, Vec a, Vec b) {
+        return _mm512_mask_blend_ps(_mm512_movepi32_mask(sign), b, a);
+    }
+    static Vec select_zero(Ints zero, Vec a, Vec b) {
+        return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(zero, zero), b, a);
+    }
+    // 32 x 32 -> 64 bits, unsigned: the even lanes and the odd ones each give eight products.
+    static void multiply_wide(Ints a, uint32_t factor, Ints& high, Ints& low) {
+        const Ints b = fill_ints(factor);
+        const Ints even = _mm512_mul_epu32(a, b);
+        const Ints odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
+        high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+        low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+    }
+
     static Keys load_keys(const uint16_t* data) {
         const __m512i bits = _mm512_loadu_si512(data);
         // bits ^ (sign & 0x7fff): truth table of a ^ (b & c)
@@ -70,10 +115,12 @@ struct Simd {
 };
 
 #include "argmax_body.h"
+#include "noise_body.h"
+#include "perturbed_body.h"
 
 }  // namespace
 
-const ArgmaxKernels kArgmaxAvx512{span, largest, first_at_least, dot};
+const ArgmaxKernels kArgmaxAvx512{span, largest, first_at_least, dot, perturbed, noise_row};
 
 }  // namespace cllm
 #endif

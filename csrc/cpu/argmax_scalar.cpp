@@ -19,6 +19,9 @@ struct Simd {
     struct Vec {
         float lane[kWidth];
     };
+    struct Ints {
+        uint32_t lane[kWidth];
+    };
     using Nan = uint32_t;
     struct Keys {
         int16_t lane[kKeyWidth];
@@ -83,6 +86,91 @@ struct Simd {
         return bits([&](int64_t i) { return a.lane[i] >= threshold; });
     }
 
+    template <typename F>
+    static Ints each_int(F f) {
+        Ints out;
+        for (int64_t i = 0; i < kWidth; ++i) out.lane[i] = f(i);
+        return out;
+    }
+    static void store(float* data, const Vec& a) {
+        for (int64_t i = 0; i < kWidth; ++i) data[i] = a.lane[i];
+    }
+    static Vec subtract(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] - b.lane[i]; });
+    }
+    static Vec multiply(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] * b.lane[i]; });
+    }
+    static Vec divide(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] / b.lane[i]; });
+    }
+    static Vec min(const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static Vec absolute(const Vec& a) {
+        return each([&](int64_t i) { return __builtin_fabsf(a.lane[i]); });
+    }
+    // Whether a lane lies above the bound or is NaN.
+    static bool exceeds(const Vec& a, float bound) {
+        bool found = false;
+        for (float lane : a.lane) found |= !(lane <= bound);
+        return found;
+    }
+    static Ints fill_ints(uint32_t value) {
+        return each_int([&](int64_t) { return value; });
+    }
+    static Ints count_from(uint32_t first) {
+        return each_int([&](int64_t i) { return first + static_cast<uint32_t>(i); });
+    }
+    static Ints add_ints(const Ints& a, const Ints& b) {
+        return each_int([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+    }
+    static Ints subtract_ints(const Ints& a, const Ints& b) {
+        return each_int([&](int64_t i) { return a.lane[i] - b.lane[i]; });
+    }
+    static Ints xor_ints(const Ints& a, const Ints& b) {
+        return each_int([&](int64_t i) { return a.lane[i] ^ b.lane[i]; });
+    }
+    template <int kBits>
+    static Ints arithmetic_right(const Ints& a) {
+        return each_int([&](int64_t i) {
+            return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> kBits);
+        });
+    }
+    template <int kBits>
+    static Ints left(const Ints& a) {
+        return each_int([&](int64_t i) { return a.lane[i] << kBits; });
+    }
+    static Vec to_float(const Ints& a) {
+        return each([&](int64_t i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
+    }
+    static Ints as_ints(const Vec& a) {
+        Ints out;
+        __builtin_memcpy(&out, &a, sizeof out);
+        return out;
+    }
+    static Vec as_floats(const Ints& a) {
+        Vec out;
+        __builtin_memcpy(&out, &a, sizeof out);
+        return out;
+    }
+    static Vec select_negative(const Ints& sign, const Vec& a, const Vec& b) {
+        return each([&](int64_t i) {
+            return static_cast<int32_t>(sign.lane[i]) < 0 ? a.lane[i] : b.lane[i];
+        });
+    }
+    static Vec select_zero(const Ints& zero, const Vec& a, const Vec& b) {
+        return each([&](int64_t i) { return zero.lane[i] == 0 ? a.lane[i] : b.lane[i]; });
+    }
+    // 32 x 32 -> 64 bits, unsigned.
+    static void multiply_wide(const Ints& a, uint32_t factor, Ints& high, Ints& low) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+            const uint64_t product = static_cast<uint64_t>(a.lane[i]) * factor;
+            high.lane[i] = static_cast<uint32_t>(product >> 32);
+            low.lane[i] = static_cast<uint32_t>(product);
+        }
+    }
+
     static Keys load_keys(const uint16_t* data) {
         Keys out;
         for (int64_t i = 0; i < kKeyWidth; ++i) {
@@ -126,9 +214,11 @@ struct Simd {
 };
 
 #include "argmax_body.h"
+#include "noise_body.h"
+#include "perturbed_body.h"
 
 }  // namespace
 
-const ArgmaxKernels kArgmaxScalar{span, largest, first_at_least, dot};
+const ArgmaxKernels kArgmaxScalar{span, largest, first_at_least, dot, perturbed, noise_row};
 
 }  // namespace cllm

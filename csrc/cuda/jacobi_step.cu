@@ -1,6 +1,6 @@
-// The fixed-point step of Jacobi decoding on a GPU: one warp per row, one launch, no host in
-// between, so that a CUDA graph can hold it. cllm_kernels/jacobi_step/reference.py says what it
-// computes.
+// The fixed-point step of Jacobi decoding on a GPU: one block of one warp per row, one launch, no
+// host in between, so that a CUDA graph can hold it. cllm_kernels/jacobi_step/reference.py says
+// what it computes.
 #include <climits>
 
 #include "device.h"
@@ -11,17 +11,13 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kWarpsPerBlock = 4;
 
 __device__ __forceinline__ int smallest(int value) { return __reduce_min_sync(kAll, value); }
 
-// Four blocks per multiprocessor are plenty for the rows of a batch; the bound lets the compiler
-// use the registers that it needs, where left alone it spills two of them on sm_80.
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 4)
-    jacobi_step_kernel(const JacobiStep step) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-    const int lane = threadIdx.x % kWarp;
-    if (row >= step.rows) return;
+// A block per row spreads few rows over as many multiprocessors.
+__global__ void __launch_bounds__(kWarp) jacobi_step_kernel(const JacobiStep step) {
+    const int64_t row = blockIdx.x;
+    const int lane = threadIdx.x;
 
     const int n = static_cast<int>(step.n);
     int64_t* w = step.window + row * step.n;             // [n]
@@ -111,9 +107,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 4)
 
 const char* jacobi_step_cuda(const JacobiStep& step, int device, void* stream) {
     if (step.rows == 0) return nullptr;
-    const int64_t blocks = (step.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
     return launch_on(device, [&] {
-        jacobi_step_kernel<<<static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0,
+        jacobi_step_kernel<<<static_cast<unsigned>(step.rows), kWarp, 0,
                              static_cast<cudaStream_t>(stream)>>>(step);
     });
 }

@@ -12,6 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cllm_kernels
+import cllm_kernels.jacobi_step
+import cllm_kernels.row_argmax
+from cllm_kernels import _common
 from cllm_kernels._backend import BACKENDS, interpreting
 from cllm_kernels._common import eager
 from cllm_kernels._native import missing_reason
@@ -19,6 +22,9 @@ from cllm_kernels.jacobi_step import OP as JACOBI_STEP
 from tests.kernels.test_jacobi_step import NAMES, make
 
 ops = torch.ops.cllm_kernels
+# The package's attributes of these names are the functions.
+jacobi_module = sys.modules["cllm_kernels.jacobi_step"]
+row_module = sys.modules["cllm_kernels.row_argmax"]
 
 
 def jacobi_arguments(fill: bool = True) -> list:
@@ -43,6 +49,13 @@ def test_opcheck_linear_argmax():
     hidden, weight, bias = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20)
     torch.library.opcheck(ops.linear_argmax.default, (hidden, weight, bias, 2.0))
     torch.library.opcheck(ops.linear_argmax.default, (hidden.half(), weight.half(), None, None))
+    noise = (torch.tensor([2**40]), torch.arange(4), torch.arange(4))
+    torch.library.opcheck(ops.linear_argmax.default, (hidden, weight, bias, 2.0, 0.5, *noise))
+
+
+def test_opcheck_gumbel_noise():
+    ids = torch.arange(4)
+    torch.library.opcheck(ops.gumbel_noise.default, (torch.tensor([2**40]), ids, ids, 70))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -50,8 +63,14 @@ def test_compiled_without_a_graph_break(backend):
     def loop(hidden, weight, *state):
         index, _ = cllm_kernels.linear_argmax(hidden, weight)
         _, value = cllm_kernels.row_argmax(hidden)
+        position = torch.arange(hidden.shape[0])
+        sample, _ = cllm_kernels.linear_argmax(
+            hidden, weight, temperature=3.0, noise=(2**63, 4, position)
+        )
+        # Outside an op a compiler may fuse multiplications and additions; these bits stay.
+        noise = cllm_kernels.gumbel_noise(7, 4, position, 50)
         accepted = cllm_kernels.jacobi_step(*state, mode="block")
-        return index, value, accepted
+        return index, value, sample, noise, accepted
 
     hidden, weight = torch.randn(5, 16), torch.randn(30, 16)
     plain, compiled = jacobi_arguments(), jacobi_arguments()
@@ -99,6 +118,130 @@ def test_whoever_watches_torch_calls_sees_the_ops():
         pass
 
     assert not eager(logits.as_subclass(Sub))
+
+
+def test_both_ways_of_telling_what_is_eager(monkeypatch):
+    """With DLPack's exchange interface one native call tells, without it Python does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sub(torch.Tensor):
+        pass
+
+    plain, parameter = torch.randn(3), torch.nn.Parameter(torch.randn(3))
+    for tell in {eager, _common._eager}:
+        assert tell(plain) and tell(parameter, plain)
+        assert not tell(plain, plain.as_subclass(Sub))
+        assert not tell(plain.to("meta"))
+        with TorchDispatchMode():
+            assert not tell(plain)
+        with torch.device("cpu"):  # a function mode
+            assert not tell(plain)
+        assert tell(plain)
+
+
+direct_only = pytest.mark.skipif(_common.DIRECT is None, reason="torch < 2.11 or no native module")
+
+
+@direct_only
+def test_the_direct_calls_are_taken(monkeypatch):
+    """What fits is served by one native call: nothing of the long way is reached."""
+    arguments = jacobi_arguments()
+    logits = torch.randn(3, 5, 7)
+    cllm_kernels.jacobi_step(*arguments)
+    cllm_kernels.row_argmax(logits)  # both resolved now
+
+    def fail(*_):
+        raise AssertionError("the long way was taken")
+
+    for module in (jacobi_module, row_module):
+        monkeypatch.setattr(module.OP, "resolve", fail)
+    assert cllm_kernels.jacobi_step(*jacobi_arguments()).tolist() == [3, 1]
+    for view in (logits, logits[:, -2:], logits.transpose(0, 1), logits[0, 0], logits[:0]):
+        index, value = cllm_kernels.row_argmax(view)
+        assert torch.equal(index, view.argmax(-1)) and torch.equal(value, view.amax(-1))
+    parameter = torch.nn.Parameter(logits)
+    assert torch.equal(cllm_kernels.row_argmax(parameter)[0], logits.argmax(-1))
+    with cllm_kernels.use_backend("reference"), pytest.raises(AssertionError, match="long way"):
+        cllm_kernels.row_argmax(logits)
+
+
+@direct_only
+def test_the_direct_call_sees_tensors_as_they_are_now():
+    """Nothing about a tensor is remembered: it may be resized or pointed elsewhere in between."""
+    state = dict(zip(NAMES, jacobi_arguments(), strict=True))
+    other = dict(zip(NAMES, jacobi_arguments(), strict=True))
+    cllm_kernels.jacobi_step(**state)
+    for name, tensor in state.items():
+        tensor.set_(other[name])
+    assert cllm_kernels.jacobi_step(**state).tolist() == [3, 1]
+    assert torch.equal(other["output"], state["output"])
+    state["window"].resize_(1, 3)
+    with pytest.raises(ValueError, match=r"predictions must be \[1, 3\].*not \[2, 3\]"):
+        cllm_kernels.jacobi_step(**state)
+    logits = torch.randn(2, 9)
+    assert torch.equal(cllm_kernels.row_argmax(logits)[0], logits.argmax(-1))
+    logits.set_(torch.randn(5, 3))
+    assert torch.equal(cllm_kernels.row_argmax(logits)[0], logits.argmax(-1))
+
+
+@direct_only
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("window", lambda x: x.int()),
+        ("window", lambda x: x.t().contiguous().t()),
+        ("window", lambda x: x[:, :0]),
+        ("predictions", lambda x: x[:, :2]),
+        ("output", lambda x: x[:1]),
+        ("lengths", lambda x: x[:, None]),
+        ("generated", lambda x: x.float()),
+        ("progress", lambda x: x.repeat(2)[::2]),
+        ("done", lambda x: x.long()),
+        ("limits", lambda x: x.to("meta")),
+        ("stop_ids", lambda x: x[0]),
+        ("fill", lambda x: x[:, :2]),
+        ("fill", lambda x: x.to_sparse()),
+    ],
+)
+def test_what_does_not_fit_is_explained_with_and_without_the_direct_call(monkeypatch, name, change):
+    state = dict(zip(NAMES, jacobi_arguments(), strict=True))
+    cllm_kernels.jacobi_step(**{k: v.clone() for k, v in state.items()})
+    before = {k: v.clone() for k, v in state.items() if k != name}
+    state[name] = change(state[name])
+    messages = []
+    for direct in (jacobi_module._direct, None):
+        monkeypatch.setattr(jacobi_module, "_direct", direct)
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+            cllm_kernels.jacobi_step(**state)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and name in messages[0]
+    assert all(torch.equal(state[k], v) for k, v in before.items())
+
+
+def test_the_long_way_gives_the_same(monkeypatch):
+    arguments, logits = jacobi_arguments(), torch.randn(4, 6, 50)
+    wanted = cllm_kernels.jacobi_step(*arguments), *cllm_kernels.row_argmax(logits[:, ::2])
+    for module in (jacobi_module, row_module):
+        monkeypatch.setattr(module, "_direct", None)
+    again = jacobi_arguments()
+    found = cllm_kernels.jacobi_step(*again), *cllm_kernels.row_argmax(logits[:, ::2])
+    for a, b in zip((*wanted, *arguments), (*found, *again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_overhead_is_measured():
+    if reason := missing_reason():
+        pytest.skip(reason)
+    script = Path(__file__).parents[2] / "benchmarks" / "kernels" / "overhead.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--rounds", "2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    assert set(rows) == {"jacobi_step", "row_argmax", "linear_argmax"}
+    for numbers in rows.values():
+        call, native, outputs, _ = map(float, numbers)
+        assert call > native > 0 and outputs >= 0
 
 
 def test_negated_views_are_read_as_their_values():

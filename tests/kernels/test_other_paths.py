@@ -18,7 +18,7 @@ from cllm_kernels._backend import _triton_reason, registered
 from cllm_kernels._native import missing_reason
 
 FOLDER = Path(__file__).parent
-FILES = [f"test_{name}.py" for name in registered()]
+FILES = sorted({path.name for name in registered() for path in FOLDER.glob(f"test_{name}*.py")})
 
 
 def run_tests(selection: str, **environment: str) -> None:
@@ -38,6 +38,7 @@ def run_tests(selection: str, **environment: str) -> None:
     assert " passed" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.timeout(400)  # all files of this folder in one test
 def test_triton_kernels_in_the_interpreter():
     if reason := _triton_reason():
         pytest.skip(reason)

@@ -8,29 +8,38 @@ from cllm_kernels.linear_argmax.triton_kernel import (
 )
 from tests.kernels.aot import FLOATS
 
+# Decoding's few rows, and the largest tiles.
+TILES = (
+    *(("bf16", 16, True), ("bf16", 128, True), ("bf16", 128, False)),
+    *(("fp16", 16, True), ("fp32", 64, True)),
+)
+
 
 def variants():
-    for short, dtype in FLOATS.items():
-        # Decoding's few rows, and the largest tile.
-        for rows in (16, 64) if short != "fp16" else (16,):
-            shape = tile_shape(rows, dtype)
-            tiles = {k: v for k, v in shape.items() if k.startswith("BLOCK")}
-            launch = {k: v for k, v in shape.items() if not k.startswith("BLOCK")}
-            types = {
-                "hidden_ptr": f"*{short}",
-                "weight_ptr": f"*{short}",
-                "bias_ptr": "*fp32",
-                "softcap": "fp32",
-                "value_ptr": "*fp32",
-                "index_ptr": "*i32",
-            }
-            yield (
-                f"linear_argmax tiles {short} rows={rows}",
-                linear_argmax_tiles_kernel,
-                types,
-                {"HAS_BIAS": True, "HAS_CAP": True, **tiles},
-                {**launch, **FUSION},
-            )
+    for short, rows, noisy in TILES:
+        shape = tile_shape(rows, FLOATS[short], roomy=not noisy)
+        tiles = {k: v for k, v in shape.items() if k.startswith("BLOCK")}
+        launch = {k: v for k, v in shape.items() if not k.startswith("BLOCK")}
+        types = {
+            "hidden_ptr": f"*{short}",
+            "weight_ptr": f"*{short}",
+            "bias_ptr": "*fp32",
+            "seed_ptr": "*i64",
+            "noise_row_ptr": "*i64",
+            "position_ptr": "*i64",
+            "softcap": "fp32",
+            "scale": "fp32",
+            "value_ptr": "*fp32",
+            "index_ptr": "*i32",
+        }
+        yield (
+            # The tile of 128 rows is launched on aligned operands only.
+            f"linear_argmax {'tiles' if noisy else 'large'} {short} rows={rows} noise={noisy}",
+            linear_argmax_tiles_kernel,
+            types,
+            {"HAS_BIAS": True, "HAS_CAP": True, "HAS_NOISE": noisy, **tiles},
+            {**launch, **FUSION},
+        )
     types = {
         "tile_value_ptr": "*fp32",
         "tile_index_ptr": "*i32",
