@@ -263,7 +263,7 @@ def rounding_once(hidden, weight, *, out):
 def test_scores_rounded_to_16_bits_are_looked_at_again(monkeypatch, dtype):
     """The way of CPUs with 16-bit matmul instructions, wherever this runs."""
     with running(OP, "cpp", "cpu"):
-        monkeypatch.setattr(native, "_fast_matmul", lambda dtype: True)
+        monkeypatch.setattr(native, "fast_cpu_matmul", lambda dtype: True)
         monkeypatch.setattr(torch, "mm", rounding_once)
         for seed, high, temperature in ((0, 3, 3.0), (1, 12, 400.0), (2, 12, 0.5), (3, 2, 1.0)):
             hidden, weight, bias = whole_numbers(16, 17001, 48, dtype, "cpu", high, seed)
