@@ -3,6 +3,9 @@
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
     linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
+    linear_consistency_loss(s, t, W, ...)
+                          divergence of two heads' outputs and cross-entropy, with gradients, the
+                          logits of a few tokens at a time
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -24,6 +27,7 @@ from cllm_kernels._backend import (
 from cllm_kernels._native import build_info
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
+from cllm_kernels.linear_consistency_loss import linear_consistency_loss
 from cllm_kernels.row_argmax import row_argmax
 
 __version__ = "0.1.0"
@@ -36,6 +40,7 @@ __all__ = [
     "current_backend",
     "jacobi_step",
     "linear_argmax",
+    "linear_consistency_loss",
     "row_argmax",
     "use_backend",
 ]

@@ -100,6 +100,16 @@ class Op:
             self._resolved[key] = function
         return function
 
+    def in_float64(self, device: torch.device) -> Callable[..., Any]:
+        """The reference, for float64 tensors, which no kernel takes. BackendError if the present
+        choice is a kernel."""
+        if _choice not in ("auto", "reference"):
+            raise BackendError(
+                f"{self.name}: backend {_choice!r} cannot run on float64 tensors; only the "
+                "reference can"
+            )
+        return self.implementations["reference"]()
+
 
 _ops: dict[str, Op] = {}
 _choice = "auto"

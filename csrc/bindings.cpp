@@ -97,6 +97,37 @@ void running_argmax_exact_cpu(uintptr_t scores, int dtype, int64_t rows, int64_t
                                    threads);
 }
 
+template <typename Result, typename... Rest>
+auto consistency_chunk(Result (*run)(const cllm::ConsistencyChunk&, Rest...)) {
+    return [run](uintptr_t student, uintptr_t teacher, uintptr_t row_weights, uintptr_t labels,
+                 uintptr_t scales, uintptr_t consistency, uintptr_t cross_entropy, int dtype,
+                 int64_t rows, int64_t columns, int64_t student_stride, int64_t teacher_stride,
+                 int divergence, float beta, float inverse_temperature, float label_smoothing,
+                 float softcap, bool student_gradient, bool teacher_gradient, Rest... rest) {
+        const cllm::ConsistencyChunk chunk{pointer<void>(student),
+                                           pointer<void>(teacher),
+                                           pointer<const float>(row_weights),
+                                           pointer<const int64_t>(labels),
+                                           pointer<const float>(scales),
+                                           pointer<float>(consistency),
+                                           pointer<float>(cross_entropy),
+                                           static_cast<cllm::Dtype>(dtype),
+                                           rows,
+                                           columns,
+                                           student_stride,
+                                           teacher_stride,
+                                           static_cast<cllm::Divergence>(divergence),
+                                           beta,
+                                           inverse_temperature,
+                                           label_smoothing,
+                                           softcap,
+                                           student_gradient,
+                                           teacher_gradient};
+        py::gil_scoped_release release;
+        return run(chunk, rest...);
+    };
+}
+
 #ifdef CLLM_WITH_CUDA
 void launched(const char* op, const char* failure) {
     if (failure == nullptr) return;
@@ -105,6 +136,11 @@ void launched(const char* op, const char* failure) {
 
 void jacobi_step_cuda(const cllm::JacobiStep& step, int device, uintptr_t stream) {
     launched("jacobi_step", cllm::jacobi_step_cuda(step, device, pointer<void>(stream)));
+}
+
+void consistency_chunk_cuda(const cllm::ConsistencyChunk& chunk, int device, uintptr_t stream) {
+    launched("linear_consistency_loss",
+             cllm::consistency_chunk_cuda(chunk, device, pointer<void>(stream)));
 }
 #endif
 
@@ -127,6 +163,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_argmax_cpu", &row_argmax_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
+    module.def("consistency_chunk_cpu", consistency_chunk(&cllm::consistency_chunk_cpu));
     module.def("isa", &isa_name);
 #ifdef _OPENMP
     module.def("openmp_threads", [] { return omp_get_max_threads(); });
@@ -135,5 +172,6 @@ PYBIND11_MODULE(_C, module) {
 #endif
 #ifdef CLLM_WITH_CUDA
     module.def("jacobi_step_cuda", jacobi_step(&jacobi_step_cuda));
+    module.def("consistency_chunk_cuda", consistency_chunk(&consistency_chunk_cuda));
 #endif
 }

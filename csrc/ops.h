@@ -80,10 +80,39 @@ struct LinearOperands {
 void running_argmax_exact_cpu(const ScoreChunk& chunk, const LinearOperands& operands,
                               int64_t* index, float* value, int threads);
 
+// The in-place pass of linear_consistency_loss over one chunk of tokens: logits in, row losses and
+// d(logits) out. cllm_kernels/linear_consistency_loss/reference.py has the formulas.
+enum class Divergence : int { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
+
+struct ConsistencyChunk {
+    void* student;             // [rows, columns] logits, rows student_stride apart; see below
+    void* teacher;             // [rows, columns] logits, rows teacher_stride apart; see below
+    const float* row_weights;  // [rows]; a row of weight 0 has no loss and no gradient
+    const int64_t* labels;     // [rows], negative: no label; or null: no labels at all
+    const float* scales;       // [2], what d(student) and d(teacher) are multiplied by
+    float* consistency;        // [rows], written: weight * divergence
+    float* cross_entropy;      // [rows], written: 0 where there is no label
+    Dtype dtype;               // of both logits
+    int64_t rows;
+    int64_t columns;
+    int64_t student_stride;
+    int64_t teacher_stride;
+    Divergence divergence;
+    float beta;
+    float inverse_temperature;
+    float label_smoothing;
+    float softcap;          // 0: none
+    bool student_gradient;  // student becomes d(consistency)/d(student logits)
+    bool teacher_gradient;  // teacher becomes d(cross-entropy)/d(teacher logits)
+};
+
+void consistency_chunk_cpu(const ConsistencyChunk& chunk, int threads);
+
 #ifdef CLLM_WITH_CUDA
 // Launches one kernel on the stream and returns at once: nullptr, or CUDA's name of what went
 // wrong.
 const char* jacobi_step_cuda(const JacobiStep& step, int device, void* stream);
+const char* consistency_chunk_cuda(const ConsistencyChunk& chunk, int device, void* stream);
 #endif
 
 }  // namespace cllm

@@ -13,12 +13,11 @@ A chunk's scores stay in cache between the two. What the scores are depends on t
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from cllm_kernels._common import DTYPE_CODES
+from cllm_kernels._matmul import fast_cpu_matmul
 from cllm_kernels._native import native_module
 
 _C = native_module()
@@ -30,19 +29,6 @@ _C = native_module()
 _CHUNK = {torch.float32: 4096, torch.bfloat16: 16384, torch.float16: 16384}
 _WIDENED = 2048  # where a chunk of the weight itself is written out in fp32
 _ROWS = 512  # of hidden at a time, so that the scores stay small for long inputs too
-
-
-@cache
-def _fast_matmul(dtype: torch.dtype) -> bool:
-    """Whether torch's CPU matmul in this 16-bit dtype uses instructions made for it."""
-    name = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }[dtype]
-    supported = (
-        getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
-    )
-    return bool(supported is not None and supported())
 
 
 @torch.no_grad()
@@ -77,7 +63,7 @@ def _sweep(
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     dtype = hidden.dtype
-    exact = dtype is not torch.float32 and _fast_matmul(dtype) and weight.stride(1) == 1
+    exact = dtype is not torch.float32 and fast_cpu_matmul(dtype) and weight.stride(1) == 1
     widened = None
     if dtype is not torch.float32 and not exact:
         dtype = torch.float32

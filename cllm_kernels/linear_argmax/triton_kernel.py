@@ -11,24 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, better, device_of, tile_argmax
+from cllm_kernels._triton import FUSION, better, device_of, tanh, tile_argmax
 
 _NONE = tl.constexpr(2147483647)
 _FAR = 2**31 // 256  # elements between rows: 256 rows, more than any tile has, stay below 2^31
-
-
-@triton.jit
-def tanh(x):
-    """tanh without a device library. Near 0 its Taylor series: (1 - t) / (1 + t) would cancel."""
-    magnitude = tl.abs(x)
-    t = tl.exp(-2.0 * magnitude)
-    large = (1.0 - t) / (1.0 + t)
-    large = tl.where(x < 0, -large, large)
-    square = x * x
-    series = 62.0 / 2835.0 * square - 17.0 / 315.0
-    series = (series * square + 2.0 / 15.0) * square - 1.0 / 3.0
-    small = x + x * square * series
-    return tl.where(magnitude < 0.25, small, large)
 
 
 @triton.jit

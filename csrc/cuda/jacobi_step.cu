@@ -1,10 +1,9 @@
 // The fixed-point step of Jacobi decoding on a GPU: one warp per row, one launch, no host in
 // between, so that a CUDA graph can hold it. cllm_kernels/jacobi_step/reference.py says what it
 // computes.
-#include <cuda_runtime.h>
-
 #include <climits>
 
+#include "device.h"
 #include "ops.h"
 
 namespace cllm {
@@ -108,29 +107,15 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 4)
     }
 }
 
-const char* failure(cudaError_t status) {
-    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-}
-
 }  // namespace
 
 const char* jacobi_step_cuda(const JacobiStep& step, int device, void* stream) {
     if (step.rows == 0) return nullptr;
-    // This library has its own static cudart, so the device is named rather than taken as current;
-    // the caller's choice is put back.
-    int previous = device;
-    if (const char* what = failure(cudaGetDevice(&previous))) return what;
-    if (previous != device) {
-        if (const char* what = failure(cudaSetDevice(device))) return what;
-    }
     const int64_t blocks = (step.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    jacobi_step_kernel<<<static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0,
-                         static_cast<cudaStream_t>(stream)>>>(step);
-    const cudaError_t launched = cudaGetLastError();
-    if (previous != device) {
-        if (const char* what = failure(cudaSetDevice(previous))) return what;
-    }
-    return failure(launched);
+    return launch_on(device, [&] {
+        jacobi_step_kernel<<<static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0,
+                             static_cast<cudaStream_t>(stream)>>>(step);
+    });
 }
 
 }  // namespace cllm

@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cllm_kernels
+from cllm_kernels.linear_consistency_loss import OP
+from cllm_kernels.linear_consistency_loss.chunked import Chunk, automatic_chunk
+from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
+from cllm_kernels.linear_consistency_loss.reference import consistency_loss, divergence_rows
+from tests.kernels.backends import everywhere, running, slow_interpreter
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INF, NAN = float("inf"), float("nan")
+
+
+def skip_what_the_interpreter_gets_wrong(backend, device, dtype):
+    if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bfloat16 by truncation")
+
+
+@dataclass
+class Case:
+    """Operands in float64, exactly representable in `dtype`, and the keyword arguments."""
+
+    student: torch.Tensor  # [M, H]
+    teacher: torch.Tensor  # [M, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None
+    options: dict
+
+    @staticmethod
+    def random(
+        rows, vocabulary, width, dtype, *, bias=False, labels=False, masked=False, **options
+    ):
+        generator = torch.Generator().manual_seed(rows * 1000 + vocabulary + width)
+
+        def normal(*shape, size=1.0):
+            return (size * torch.randn(*shape, generator=generator)).to(dtype).double()
+
+        if labels:
+            options["labels"] = torch.randint(vocabulary, (rows,), generator=generator)
+            options["labels"][::4] = -100
+        if masked:
+            options["row_weights"] = torch.rand(rows, generator=generator)
+            options["row_weights"][1::3] = 0.0
+        teacher = normal(rows, width)
+        # A student near its teacher, as in training: the divergence is a small difference.
+        student = (teacher + 0.3 * normal(rows, width)).to(dtype).double()
+        weight = normal(vocabulary, width, size=2 / width**0.5)
+        return Case(student, teacher, weight, normal(vocabulary) if bias else None, options)
+
+    def run(self, function, dtype, device="cpu"):
+        """[loss, consistency, ar and the gradients of student, teacher, weight, bias], on the CPU
+        in float64; what gets no gradient counts as zeros."""
+        tensors = [self.student, self.teacher, self.weight, self.bias]
+        leaves = [
+            None if t is None else t.to(device, dtype, copy=True).requires_grad_() for t in tensors
+        ]
+        options = {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()
+        }
+        losses = function(*leaves[:3], bias=leaves[3], **options)
+        if losses[0].requires_grad:
+            losses[0].backward()
+        gradients = [
+            torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None
+        ]
+        return [x.detach().double().cpu() for x in (*losses, *gradients)]
+
+
+def loss_options(
+    *, divergence="forward_kl", beta=0.5, temperature=1.0, label_smoothing=0.0, ar_weight=1.0,
+    softcap=None, **_,
+):  # fmt: skip
+    return LossOptions(divergence, beta, temperature, label_smoothing, ar_weight, softcap, 0)
+
+
+def by_autograd(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
+    """The definition, its gradients by autograd."""
+    return consistency_loss(
+        student, teacher, weight, bias, labels, row_weights, loss_options(**options)
+    )
+
+
+def same_dtype(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
+    """What one writes in plain torch: logits in the operands' dtype, the losses from fp32."""
+    numbers = loss_options(**options)
+
+    def logits(hidden):
+        scores = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)).float()
+        cap = numbers.softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    clean = logits(teacher)
+    rows = divergence_rows(
+        logits(student) / numbers.temperature,
+        clean.detach() / numbers.temperature,
+        numbers.divergence,
+        numbers.beta,
+    )
+    weights = torch.ones_like(rows) if row_weights is None else row_weights
+    consistency = (weights * rows).sum() / weights.sum()
+    ar = torch.zeros(())
+    if labels is not None and labels.max() >= 0:
+        ar = F.cross_entropy(clean, labels, label_smoothing=numbers.label_smoothing)
+    return consistency + numbers.ar_weight * ar, consistency, ar
+
+
+def check(case, dtype, device, **extra):
+    """The op's error against fp64: at most twice that of torch in the same dtype, or what one
+    rounding explains: of each result, and in fp32 of a logarithm (losses) or a probability
+    (gradients, which may be exactly 0)."""
+    exact = case.run(by_autograd, torch.float64)
+    torch_own = case.run(same_dtype, dtype)
+    found = case.run(
+        lambda *a, **k: cllm_kernels.linear_consistency_loss(*a, **k, **extra), dtype, device
+    )
+    assert len(found) == len(exact)
+    hidden = torch.cat([case.student, case.teacher]).norm()
+    reach = [16.0] * 3 + [case.weight.norm()] * 2 + [hidden, 1.0]
+    for place, (wanted, usual, mine) in enumerate(zip(exact, torch_own, found, strict=True)):
+        kind = torch.float32 if place < 3 else dtype
+        rounding = torch.finfo(kind).eps * wanted.norm()
+        rounding += torch.finfo(torch.float32).eps * reach[place]
+        error = (mine - wanted).norm()
+        bound = 2 * (usual - wanted).norm() + rounding
+        assert error <= bound, (place, error, bound)
+    return found
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width", "extra"),
+    [
+        (1, 1, 8, {}),
+        (1, 251, 40, {"labels": True}),
+        (7, 251, 40, {"labels": True, "label_smoothing": 0.1, "ar_weight": 10.0, "masked": True}),
+        (7, 2500, 33, {"temperature": 2.0, "softcap": 5.0, "bias": True, "labels": True}),
+        (9, 300, 64, {"temperature": 0.7, "labels": True, "label_smoothing": 0.3, "bias": True}),
+    ],
+)
+def test_losses_and_gradients(backend, device, dtype, divergence, rows, vocabulary, width, extra):
+    skip_what_the_interpreter_gets_wrong(backend, device, dtype)
+    case = Case.random(rows, vocabulary, width, dtype, divergence=divergence, beta=0.3, **extra)
+    with running(OP, backend, device):
+        whole = check(case, dtype, device)
+        check(case, dtype, device, chunk_tokens=4)
+        again = check(case, dtype, device, recompute=True)
+    for a, b in zip(whole, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(252, 1021), (3, 32000), (3, 49152), (2, 50257)])
+def test_many_rows_and_large_vocabularies(backend, device, rows, vocabulary):
+    if slow_interpreter(backend, device):
+        rows, vocabulary = min(rows, 40), vocabulary // 8
+    with running(OP, backend, device):
+        case = Case.random(rows, vocabulary, 24, torch.float32, labels=True, masked=True)
+        check(case, torch.float32, device)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits(backend, device, divergence):
+    """Logits of +-1e4: probabilities of exactly 0 and 1, and divergences of thousands."""
+    case = Case.random(6, 400, 16, torch.float32, divergence=divergence, labels=True)
+    case = replace(case, weight=(case.weight * 3000).float().double())
+    with running(OP, backend, device):
+        found = check(case, torch.float32, device)
+    assert all(x.isfinite().all() for x in found)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_banned_tokens(backend, device, divergence):
+    """A bias of -inf leaves no probability on either side: no loss, no gradient, no NaN."""
+    case = Case.random(5, 300, 16, torch.float32, divergence=divergence, bias=True, labels=True)
+    case.bias[10:200] = -INF
+    case.options["labels"] = torch.tensor([1, 2, 3, 4, 205])
+    with running(OP, backend, device):
+        found = case.run(cllm_kernels.linear_consistency_loss, torch.float32, device)
+    kept = [*range(10), *range(200, 300)]
+    fewer = replace(case, weight=case.weight[kept], bias=case.bias[kept])
+    fewer.options["labels"] = torch.tensor([1, 2, 3, 4, 15])
+    wanted = fewer.run(by_autograd, torch.float64)
+    assert (found[0] - wanted[0]).abs() < 1e-5 * wanted[0].abs()
+    assert found[5][10:200].count_nonzero() == 0
+    assert (found[5][kept] - wanted[5]).norm() < 1e-5 * wanted[5].norm()
+
+
+@everywhere(OP)
+def test_nan_reaches_the_loss(backend, device):
+    case = Case.random(3, 90, 16, torch.float32)
+    case.student[1, 2] = NAN
+    with running(OP, backend, device):
+        found = case.run(cllm_kernels.linear_consistency_loss, torch.float32, device)
+    assert found[0].isnan() and found[3][1].isnan().any()
+    assert found[3][0].isfinite().all()
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_masked_rows_count_for_nothing(backend, device, gradient):
+    """Padding, prompt and rows before the first divergence: weight 0, label -100."""
+    case = Case.random(8, 120, 16, torch.float32, labels=True)
+    case.options["row_weights"] = torch.tensor([0.0, 1, 0, 1, 1, 0, 0, 1])
+    case.options["labels"] = torch.tensor([-100, 3, -100, -100, 5, 6, -1, 8])
+    idle = (case.options["row_weights"] == 0) & (case.options["labels"] < 0)
+
+    def loss(*tensors, **options):
+        if gradient:
+            return cllm_kernels.linear_consistency_loss(*tensors, **options)
+        with torch.no_grad():
+            return cllm_kernels.linear_consistency_loss(*tensors, **options)
+
+    with running(OP, backend, device):
+        found = case.run(loss, torch.float32, device)
+        student, teacher = case.student.clone(), case.teacher.clone()
+        student[case.options["row_weights"] == 0] *= -7
+        student[idle] = 1e4
+        teacher[idle] = -1e4
+        changed = replace(case, student=student, teacher=teacher)
+        again = changed.run(loss, torch.float32, device)
+    for a, b in zip(found[:3], again[:3], strict=True):
+        assert torch.equal(a, b)
+    if gradient:
+        assert again[3][case.options["row_weights"] == 0].count_nonzero() == 0
+        assert again[4][case.options["labels"] < 0].count_nonzero() == 0
+        for a, b in zip(found[3:], again[3:], strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+@everywhere(OP)
+def test_nothing_to_count(backend, device):
+    with running(OP, backend, device):
+        for rows, masked in ((0, False), (4, True)):
+            case = Case.random(rows, 50, 16, torch.float32)
+            case.options["labels"] = torch.full((rows,), -100)
+            if masked:
+                case.options["row_weights"] = torch.zeros(rows)
+            found = case.run(cllm_kernels.linear_consistency_loss, torch.float32, device)
+            assert all(x.count_nonzero() == 0 for x in found)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeated_runs_and_chunks(backend, device, dtype):
+    skip_what_the_interpreter_gets_wrong(backend, device, dtype)
+    case = Case.random(13, 700, 48, dtype, labels=True, masked=True, ar_weight=3.0)
+    with running(OP, backend, device):
+        for chunk in (None, 1, 4, 100):
+            first, second = (
+                case.run(
+                    lambda *a, c=chunk, **k: cllm_kernels.linear_consistency_loss(
+                        *a, chunk_tokens=c, **k
+                    ),
+                    dtype,
+                    device,
+                )
+                for _ in range(2)
+            )
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a, b)
+
+
+@everywhere(OP)
+def test_strided_operands(backend, device):
+    case = Case.random(6, 260, 48, torch.float32, labels=True)
+    strided = replace(
+        case,
+        student=case.student.t().contiguous().t(),
+        teacher=torch.cat([case.teacher, case.teacher], 1)[:, :48],
+        weight=torch.stack([case.weight, case.weight], 2)[..., 0],
+    )
+    strided.options["labels"] = torch.stack([case.options["labels"]] * 2, 1)[:, 0]
+    with running(OP, backend, device):
+        wanted = check(case, torch.float32, device)
+        found = check(strided, torch.float32, device)
+    for a, b in zip(wanted, found, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+@everywhere(OP)
+def test_small_gradients_of_fp16_survive_the_mean(backend, device):
+    """Averaged over rows in fp16, d(logits) of about 1e-7 would round to nothing."""
+    case = Case.random(300, 64, 8, torch.float16)
+    with running(OP, backend, device):
+        case.options["chunk_tokens"] = 64
+
+        def scaled(*tensors, **options):
+            loss, *rest = cllm_kernels.linear_consistency_loss(*tensors, **options)
+            return (loss * 65536, *rest)  # what a GradScaler does
+
+        found = case.run(scaled, torch.float16, device)
+    del case.options["chunk_tokens"]
+    exact = case.run(by_autograd, torch.float64)
+    error = (found[3] / 65536 - exact[3]).norm() / exact[3].norm()
+    assert error < 2e-3
+
+
+@everywhere(OP)
+def test_only_what_is_asked_for_gets_a_gradient(backend, device):
+    case = Case.random(5, 70, 16, torch.float32, labels=True, bias=True)
+    wanted = case.run(by_autograd, torch.float64)[3:]
+    with running(OP, backend, device):
+        for chosen in range(4):
+            tensors = [case.student, case.teacher, case.weight, case.bias]
+            leaves = [
+                t.to(device, torch.float32).requires_grad_(i == chosen)
+                for i, t in enumerate(tensors)
+            ]
+            loss, consistency, ar = cllm_kernels.linear_consistency_loss(
+                *leaves[:3], bias=leaves[3], labels=case.options["labels"].to(device)
+            )
+            assert not consistency.requires_grad and not ar.requires_grad
+            loss.backward()
+            gradient = leaves[chosen].grad.double().cpu()
+            assert (gradient - wanted[chosen]).norm() <= 1e-5 * wanted[chosen].norm()
+        without = cllm_kernels.linear_consistency_loss(
+            leaves[0].detach(), leaves[1].detach().requires_grad_(), leaves[2].detach()
+        )
+        assert without[0].requires_grad is False  # no labels: nothing flows into the teacher
+
+
+@everywhere(OP)
+def test_int64_addressing(backend, device):
+    """Rows that lie more than 2^31 elements apart, in memory that is never touched in between."""
+    if device == "cuda":
+        pytest.skip("the memory would have to exist")
+    if backend == "reference":
+        pytest.skip("has no addressing of its own")
+    module = import_module(
+        f"cllm_kernels.linear_consistency_loss.{'native' if backend == 'cpp' else 'triton_kernel'}"
+    )
+    in_place = module._pass_cpu if backend == "cpp" else module._pass
+    columns, far = 70, 2**31 + 16
+    logits = torch.randn(2, 2, columns, generator=torch.Generator().manual_seed(0))
+    memory = torch.from_numpy(np.zeros(2 * far, dtype=np.float16))
+    student = memory.as_strided((2, columns), (far, 1), 0)
+    teacher = memory.as_strided((2, columns), (far, 1), 1000)
+    student.copy_(logits[0])
+    teacher.copy_(logits[1])
+    near = [student.clone(), teacher.clone()]
+    results = []
+    with running(OP, backend, device):
+        for s, t in ((student, teacher), near):
+            losses = torch.empty(2, 2)
+            in_place(
+                Chunk(
+                    s, t, torch.ones(2), torch.tensor([3, 9]), torch.ones(2), *losses, True, True
+                ),
+                loss_options(),
+            )
+            results.append([s.clone(), t.clone(), losses])
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", [by_autograd, cllm_kernels.linear_consistency_loss])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(function, divergence):
+    """The definition and the op against numerical derivatives, in fp64.
+
+    The consistency term's teacher is a constant, which numerical derivatives do not know: the
+    teacher's and the weight's gradients are checked where only the autoregressive term counts.
+    """
+    case = Case.random(
+        4, 9, 5, torch.float64, bias=True, labels=True, masked=True, divergence=divergence,
+        beta=0.3, temperature=1.5, label_smoothing=0.1, softcap=3.0, ar_weight=2.0,
+    )  # fmt: skip
+
+    def consistency(student):
+        options = case.options
+        return function(student, case.teacher, case.weight, bias=case.bias, **options)[0]
+
+    def autoregressive(teacher, weight, bias):
+        options = case.options | {"row_weights": torch.zeros(4)}
+        return function(case.student, teacher, weight, bias=bias, **options)[0]
+
+    leaves = [t.requires_grad_() for t in (case.student, case.teacher, case.weight, case.bias)]
+    assert torch.autograd.gradcheck(consistency, leaves[:1])
+    assert torch.autograd.gradcheck(autoregressive, leaves[1:])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_twice_and_scaled(recompute):
+    case = Case.random(5, 60, 16, torch.float32, labels=True)
+    leaves = [t.float().requires_grad_() for t in (case.student, case.teacher, case.weight)]
+    loss, _, _ = cllm_kernels.linear_consistency_loss(*leaves, recompute=recompute, **case.options)
+    loss.backward(retain_graph=True)
+    once = [t.grad.clone() for t in leaves]
+    loss.backward(torch.tensor(-3.0))
+    for leaf, gradient in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, -2 * gradient)
+
+
+def test_there_is_no_second_derivative():
+    case = Case.random(3, 30, 8, torch.float32)
+    student = case.student.float().requires_grad_()
+    loss, _, _ = cllm_kernels.linear_consistency_loss(
+        student, case.teacher.float(), case.weight.float()
+    )
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), student)
+
+
+def test_local_consistency_is_another_teacher():
+    """The next state on the trajectory as the teacher's input: nothing else changes."""
+    case = Case.random(4, 40, 8, torch.float32)
+    rows = divergence_rows(
+        case.student @ case.weight.T, case.teacher @ case.weight.T, "forward_kl", 0.5
+    )
+    found = case.run(cllm_kernels.linear_consistency_loss, torch.float32)
+    torch.testing.assert_close(found[1], rows.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_opcheck(recompute):
+    case = Case.random(5, 40, 8, torch.float32, bias=True, labels=True, masked=True)
+    tensors = [case.student, case.teacher, case.weight, case.bias]
+    leaves = [t.float().requires_grad_() for t in tensors]
+    numbers = loss_options(divergence="jsd", temperature=2.0, softcap=3.0)
+    arguments = (
+        *leaves, case.options["labels"], case.options["row_weights"], *numbers, *[True] * 4,
+    )  # fmt: skip
+    ops = torch.ops.cllm_kernels
+    torch.library.opcheck(ops.linear_consistency_loss.default, (*arguments, recompute))
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    torch.library.opcheck(ops.linear_consistency_loss_gradients.default, detached)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_without_a_graph_break(backend, recompute):
+    case = Case.random(6, 90, 16, torch.float32, labels=True, masked=True, bias=True)
+
+    def loss(*tensors, **options):
+        hidden, *rest = tensors
+        result = cllm_kernels.linear_consistency_loss(
+            hidden * 2.0, *rest, recompute=recompute, **options
+        )
+        return (result[0] * 3.0, *result[1:])
+
+    wanted = case.run(loss, torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for a, b in zip(case.run(compiled, torch.float32), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_automatic_chunk():
+    cpu = torch.device("cpu")
+    for rows, vocabulary in ((512, 49152), (3, 49152), (10_000, 256_000), (0, 5), (1, 10**9)):
+        size = automatic_chunk(rows, vocabulary, torch.float32, cpu)
+        assert size >= 1 and size & (size - 1) == 0
+        assert size == 1 or 2 * size * vocabulary * 4 <= 64 << 20
+        assert size < 2 * max(rows, 1)
+
+
+def test_float64_runs_on_the_reference_alone():
+    case = Case.random(3, 20, 8, torch.float64)
+    loss, _, _ = cllm_kernels.linear_consistency_loss(case.student, case.teacher, case.weight)
+    assert loss.dtype is torch.float64
+    if OP.unavailable("cpp", torch.device("cpu")) is None:
+        with (
+            cllm_kernels.use_backend("cpp"),
+            pytest.raises(cllm_kernels.BackendError, match="cannot run on float64 tensors"),
+        ):
+            cllm_kernels.linear_consistency_loss(case.student, case.teacher, case.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"student": torch.zeros(2, 3, 4)}, ValueError, r"student must be \[M, H\], not \[2, 3, 4"),
+        ({"teacher": torch.zeros(3, 8)}, ValueError, r"student's shape \[2, 8\], not \[3, 8\]"),
+        ({"weight": torch.zeros(5, 9)}, ValueError, r"weight must be \[V, 8\].*\[2, 8\].*\[5, 9\]"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, "V >= 1"),
+        ({"weight": torch.zeros(5, 8).half()}, TypeError, "weight is float16 but student is float"),
+        ({"teacher": torch.zeros(2, 8).half()}, TypeError, "teacher is float16 but student is"),
+        ({"student": torch.zeros(2, 8).long()}, TypeError, "student must be float32.*not int64"),
+        ({"weight": torch.zeros(5, 8, device="meta")}, ValueError, "weight is on meta but student"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[5\], one entry.*not \[4\]"),
+        ({"bias": torch.zeros(5).long()}, TypeError, "bias must be float32 or float32, not int64"),
+        ({"labels": torch.zeros(3).long()}, ValueError, r"labels must be \[2\], .*not \[3\]"),
+        ({"labels": torch.zeros(2)}, TypeError, "labels must be int64, not float32"),
+        (
+            {"labels": torch.tensor([1, 5])},
+            ValueError,
+            r"labels \[2\] must be less.*\[5, 8\].*is 5",
+        ),
+        ({"row_weights": torch.ones(2, 1)}, ValueError, r"row_weights must be \[2\].*\[2, 1\]"),
+        ({"row_weights": torch.ones(2).long()}, TypeError, "row_weights must be floating-point"),
+        ({"row_weights": torch.tensor([1.0, -1])}, ValueError, "must not be negative, but one is"),
+        ({"divergence": "kl"}, ValueError, "one of forward_kl, reverse_kl, jsd, not 'kl'"),
+        ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta must lie between 0 and 1, not 1.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be a positive number, not -1.0"),
+        ({"temperature": NAN}, ValueError, "temperature must be a positive number"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must lie in \[0, 1\), not 1.0"),
+        ({"ar_weight": INF}, ValueError, "ar_weight must be finite"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None, not 0.0"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, not 0"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_arguments_are_named(backend, change, error, message):
+    arguments = {
+        "student": torch.zeros(2, 8),
+        "teacher": torch.zeros(2, 8),
+        "weight": torch.zeros(5, 8),
+    } | change
+    tensors = [arguments.pop(name) for name in ("student", "teacher", "weight")]
+    with cllm_kernels.use_backend(backend), pytest.raises(error, match=message):
+        cllm_kernels.linear_consistency_loss(*tensors, **arguments)
