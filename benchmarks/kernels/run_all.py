@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-OPS = ("row_argmax", "jacobi_step", "linear_argmax", "block_attention", "linear_consistency_loss")
+OPS = (
+    *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax", "block_attention"),
+    "linear_consistency_loss",
+)
 
 
 def main() -> int:

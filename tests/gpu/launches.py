@@ -36,6 +36,12 @@ def row_argmax() -> Iterator[Launch]:
         yield str(dtype), lambda logits=logits: cllm_kernels.row_argmax(logits)
 
 
+def gumbel_noise() -> Iterator[Launch]:
+    for rows in (1, 5):
+        numbers = torch.arange(rows, device=DEVICE)
+        yield f"rows={rows}", lambda r=numbers: cllm_kernels.gumbel_noise(1, r, r, 5003)
+
+
 def linear_argmax() -> Iterator[Launch]:
     for dtype in DTYPES:
         for rows in (1, 19, 70):
@@ -135,6 +141,7 @@ def loss(dtype: torch.dtype, divergence: str, labelled: bool) -> tuple[torch.Ten
 # Every registered op must be here: one that is not makes the script fail.
 LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "row_argmax": row_argmax,
+    "gumbel_noise": gumbel_noise,
     "linear_argmax": linear_argmax,
     "jacobi_step": jacobi_step,
     "block_attention": block_attention,

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 # A finding's first line, after the tool's bar: what it says of memory, races and failed calls.
 _FINDING = re.compile(
     r"^(Invalid |Uninitialized |Error: |Warning: |Barrier error|Program hit |Fatal |Misaligned |"
-    r"Internal |Leaked |Host |Target application returned an error)"
+    r"Internal |Leaked |Target application returned an error)"
 )
 # "at kernel(int *)+0x88 in file.cu:40", and of older versions "at 0x88 in file.cu:40:kernel(int *)"
 _AT = re.compile(r"\bat (?:0x[0-9a-f]+ in (?:\S+?:\d+:)?)?([A-Za-z_][\w:<>, ]*?)\s*(?:\(|\+0x|$)")
