@@ -1,6 +1,6 @@
 """Gumbel noise for every entry of the vocabulary: counter-based beside torch's own generator.
 
-torch's noise depends on the state of a generator, ours on (seed, row, position, entry) alone, so the
+torch's noise depends on the state of a generator, ours on (seed, row, position, entry) alone: the
 numbers differ and only the cost is compared.
 
     python benchmarks/kernels/gumbel_noise.py --device cpu --record

@@ -79,16 +79,10 @@ def defaults_table(of_device: list[dict[str, Any]]) -> list[str]:
         for case in record["cases"]:
             ran = measured(case)
             default = record["default_backend"]
-            base = f"cllm {default}"
-            own = [
-                entry
-                for entry in ran.values()
-                if entry["backend"] not in (None, "auto", default) and "graph" not in entry["name"]
-            ]
             others = [
-                f"{entry['backend']} {entry['ms']['median'] / ran[base]['ms']['median']:.2f} x"
-                for entry in own
-                if base in ran
+                f"{entry['backend']} {entry['times_auto']['median']:.2f} x"
+                for name, entry in ran.items()
+                if name == f"cllm {entry['backend']}" and entry["backend"] not in ("auto", default)
             ]
             lines.append(
                 f"| {record['op']} | {case['case']} | {default} | {', '.join(others) or '-'} |"
