@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo test test-oldest lint format bench clean
+.PHONY: demo test test-oldest test-gpu lint format bench bench-kernels clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# on a machine with a GPU: kernel tests on it, compute-sanitizer, a dated record (exit 2: no GPU)
+test-gpu: $(VENV)/.ready
+	$(BIN)/python tests/gpu/run.py
 
 # the oldest transformers that the metadata allows, laid over the same environment
 $(VENV)/oldest/.ready: $(VENV)/.ready
@@ -49,6 +53,12 @@ format: $(VENV)/.lint
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype float32 --record cpu
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype bfloat16 --record cpu
+
+# records for this device, then plots and the section of docs/performance.md
+BENCH_DEVICE ?= cpu
+bench-kernels: $(VENV)/.ready
+	$(BIN)/python benchmarks/kernels/run_all.py --device $(BENCH_DEVICE)
+	$(BIN)/python benchmarks/kernels/report.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info python/*.egg-info

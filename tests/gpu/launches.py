@@ -1,0 +1,182 @@
+"""Launches every GPU kernel of every op a few times on small shapes: what the sanitizer watches.
+
+    python tests/gpu/launches.py
+
+Prints one line of JSON per launch: the op, the backend, the case, and the error if it raised one.
+Shapes are ragged, so that masks and tails run; each result is read, so that the launch has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "python"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import cllm_kernels
+from cllm_kernels._backend import Op, registered
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Launch = tuple[str, Callable[[], Any]]  # what it is, and what launches it
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def row_argmax() -> Iterator[Launch]:
+    for dtype in DTYPES:
+        logits = random(3, 5003, dtype=dtype)
+        yield str(dtype), lambda logits=logits: cllm_kernels.row_argmax(logits)
+
+
+def gumbel_noise() -> Iterator[Launch]:
+    for rows in (1, 5):
+        numbers = torch.arange(rows, device=DEVICE)
+        yield f"rows={rows}", lambda r=numbers: cllm_kernels.gumbel_noise(1, r, r, 5003)
+
+
+def linear_argmax() -> Iterator[Launch]:
+    for dtype in DTYPES:
+        for rows in (1, 19, 70):
+            hidden, weight = random(rows, 72, dtype=dtype), random(299, 72, dtype=dtype)
+            bias = random(299)
+            yield (
+                f"{dtype} rows={rows}",
+                lambda h=hidden, w=weight, b=bias: cllm_kernels.linear_argmax(
+                    h, w, bias=b, softcap=15.0
+                ),
+            )
+            numbers = torch.arange(rows, device=DEVICE)
+            yield (
+                f"{dtype} rows={rows} sampled",
+                lambda h=hidden, w=weight, r=numbers: cllm_kernels.linear_argmax(
+                    h, w, temperature=0.7, noise=(1, r, r)
+                ),
+            )
+
+
+def jacobi_step() -> Iterator[Launch]:
+    for mode in ("sliding", "block"):
+        for n in (5, 64, 1000):
+            yield f"{mode} n={n}", lambda mode=mode, n=n: one_step(mode, n)
+
+
+def one_step(mode: str, n: int) -> torch.Tensor:
+    rows = 3
+
+    def column(value: int) -> torch.Tensor:
+        return torch.full((rows,), value, device=DEVICE)
+
+    window = torch.randint(3, 9, (rows, n), device=DEVICE)
+    predictions = torch.cat([window[:, 1:], window[:, :1]], dim=1)
+    predictions[1, n // 2] = 2
+    output = torch.zeros(rows, 2 * n, dtype=torch.int64, device=DEVICE)
+    fill = torch.randint(3, 9, (rows, 3 * n), device=DEVICE)
+    done = torch.tensor([False, False, True], device=DEVICE)
+    stop_ids = torch.tensor([2], device=DEVICE)
+    state = (column(100), column(0), column(0), done, column(2 * n), stop_ids, fill)
+    return cllm_kernels.jacobi_step(window, predictions, output, *state, mode=mode)
+
+
+def block_attention() -> Iterator[Launch]:
+    for dtype in DTYPES:
+        for width in (64, 80, 96, 128, 256):
+            for window in (None, 33):
+                yield (
+                    f"{dtype} D={width} window={window}",
+                    lambda dtype=dtype, width=width, window=window: attend(dtype, width, window),
+                )
+
+
+def attend(dtype: torch.dtype, width: int, window: int | None) -> torch.Tensor:
+    lengths = torch.tensor([0, 7, 700], device=DEVICE)
+    rows, heads, kv_heads, block, capacity = 3, 6, 2, 5, 720
+    return cllm_kernels.block_attention(
+        random(rows, heads, block, width, dtype=dtype),
+        random(rows, kv_heads, block, width, dtype=dtype),
+        random(rows, kv_heads, block, width, dtype=dtype),
+        random(rows, kv_heads, capacity, width, dtype=dtype),
+        random(rows, kv_heads, capacity, width, dtype=dtype),
+        lengths,
+        window=window,
+    )
+
+
+def linear_consistency_loss() -> Iterator[Launch]:
+    for dtype in DTYPES:
+        for divergence in ("forward_kl", "reverse_kl", "jsd"):
+            for labelled in (False, True):
+                yield (
+                    f"{dtype} {divergence} labels={labelled}",
+                    lambda d=dtype, name=divergence, labelled=labelled: loss(d, name, labelled),
+                )
+
+
+def loss(dtype: torch.dtype, divergence: str, labelled: bool) -> tuple[torch.Tensor, ...]:
+    rows, width, vocabulary = 7, 40, 5003
+    student, teacher = (random(rows, width, dtype=dtype).requires_grad_() for _ in range(2))
+    weight = random(vocabulary, width, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    labels[2] = -100
+    value, _, _ = cllm_kernels.linear_consistency_loss(
+        student,
+        teacher,
+        weight,
+        divergence=divergence,
+        labels=labels if labelled else None,
+        label_smoothing=0.1 if labelled else 0.0,
+        row_weights=torch.tensor([1.0, 0, 1, 2, 1, 1, 0], device=DEVICE),
+        chunk_tokens=4,
+    )
+    return torch.autograd.grad(value, (student, weight))
+
+
+# Every registered op must be here: one that is not makes the script fail.
+LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
+    "row_argmax": row_argmax,
+    "gumbel_noise": gumbel_noise,
+    "linear_argmax": linear_argmax,
+    "jacobi_step": jacobi_step,
+    "block_attention": block_attention,
+    "linear_consistency_loss": linear_consistency_loss,
+}
+
+
+def run_op(op: Op) -> None:
+    device = torch.device(DEVICE)
+    for backend in ("triton", "cuda"):
+        if backend not in op.implementations:
+            continue
+        line = {"op": op.name, "backend": backend}
+        if reason := op.unavailable(backend, device):
+            print(json.dumps({**line, "case": None, "error": f"unavailable: {reason}"}), flush=True)
+            continue
+        for case, launch in LAUNCHES[op.name]():
+            error = None
+            try:
+                with cllm_kernels.use_backend(backend):
+                    launch()
+                torch.cuda.synchronize()
+            except Exception as raised:  # whatever it is, it belongs in the report
+                error = f"{type(raised).__name__}: {raised}"[:400]
+            print(json.dumps({**line, "case": case, "error": error}), flush=True)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    missing = set(registered()) - set(LAUNCHES)
+    if missing:
+        raise SystemExit(f"launches.py has no launch of {', '.join(sorted(missing))}")
+    for op in registered().values():
+        run_op(op)
+
+
+if __name__ == "__main__":
+    main()
