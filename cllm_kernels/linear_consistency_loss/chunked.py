@@ -153,7 +153,7 @@ class _Accumulator:
             self.bias += slopes.sum(dim=0, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         if to_hidden or self.wanted.weight:
-            for columns, part in head.pieces():
+            for columns, part in head.largest_pieces():
                 piece = slopes[:, columns]
                 if d_hidden is not None:
                     if columns.start == 0:
