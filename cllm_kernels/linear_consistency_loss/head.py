@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cllm_kernels._matmul import fast_cpu_matmul
 
-# Rows of the weight that are multiplied at once for logits on a CPU: torch's fp32 matmul of 256 rows
-# is faster in such pieces than whole (158 against 136 GFLOP/s for H = 576 on two AVX2 cores). 16-bit
-# weights without matrix instructions are widened to fp32 in the same pieces.
+# Rows of the weight that are multiplied at once for logits on a CPU: torch's fp32 matmul of 256
+# rows is faster in such pieces than whole (158 against 136 GFLOP/s for H = 576 on two AVX2 cores).
+# 16-bit weights without matrix instructions are widened to fp32 in the same pieces.
 _CPU_PIECE = 2048
 
 
