@@ -3,6 +3,7 @@
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
     linear_argmax(h, W)   argmax of h @ W.T, the logits never held whole
+    block_attention(...)  append a block to a ragged KV cache, attend to both
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -22,6 +23,7 @@ from cllm_kernels._backend import (
     use_backend,
 )
 from cllm_kernels._native import build_info
+from cllm_kernels.block_attention import block_attention
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
 from cllm_kernels.row_argmax import row_argmax
@@ -32,6 +34,7 @@ __all__ = [
     "BackendError",
     "__version__",
     "backends",
+    "block_attention",
     "build_info",
     "current_backend",
     "jacobi_step",
