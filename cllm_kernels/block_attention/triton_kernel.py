@@ -35,37 +35,6 @@ def reach(lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW: tl.con
 
 
 @triton.jit
-def attend(
-    q,  # [BLOCK_M, D_PAD]
-    k,  # [D_PAD, BLOCK_N]
-    v,  # [BLOCK_N, D_PAD]
-    visible,  # [BLOCK_M, BLOCK_N], unread unless MASKED
-    best,  # [BLOCK_M] largest score so far
-    total,  # [BLOCK_M] sum of weights so far, relative to best
-    acc,  # [BLOCK_M, D_PAD] weighted values so far, relative to best
-    scale,
-    softcap,
-    MASKED: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
-    """One tile of keys and values into the running softmax: (best, total, acc)."""
-    # "ieee": fp32 operands are multiplied as they are, not rounded to tf32.
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    if HAS_CAP:
-        scores = softcap * tanh(scores / softcap)
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    best_now = tl.maximum(best, tl.max(scores, axis=1))
-    # A query that has seen nothing yet: 0 instead of -inf, whose difference to itself is NaN.
-    base = tl.where(best_now == float("-inf"), 0.0, best_now)
-    weights = tl.exp(scores - base[:, None])
-    fade = tl.exp(best - base)
-    total = total * fade + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return best_now, total, acc
-
-
-@triton.jit
 def block_attention_tiles_kernel(
     q_ptr,  # [B, Hq, n, D]
     k_new_ptr,  # [B, Hkv, n, D]
@@ -107,6 +76,7 @@ def block_attention_tiles_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr,  # keys and values of every token begin at a multiple of 16 bytes
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     APPEND_ROWS: tl.constexpr,
@@ -163,62 +133,43 @@ def block_attention_tiles_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
 
-    # Tiles of cached slots only: every query stands behind them, so only a window masks any.
-    cached_end = length // BLOCK_N * BLOCK_N
-    for start in range(begin, tl.minimum(end, cached_end), BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         slot = start + column
-        seen = column >= 0
-        if HAS_WINDOW:
-            seen = slot >= first
-        wide = slot.to(tl.int64)
+        fresh = slot >= length  # a token of the block, read where it came from
+        old_place = slot.to(tl.int64)
+        new_place = (slot - length).to(tl.int64)
+        k_line = tl.where(fresh, k_new_base + new_place * k_new_token, k_base + old_place * k_slot)
+        v_line = tl.where(fresh, v_new_base + new_place * v_new_token, v_base + old_place * v_slot)
+        if ALIGNED:  # a choice between two pointers hides from the compiler what both promise
+            k_line = tl.multiple_of(k_line, 16)
+            v_line = tl.multiple_of(v_line, 16)
+        seen = (slot >= first) & (slot < length + n)
         k = tl.load(
-            k_base + wide[None, :] * k_slot + feature[:, None],
+            k_line[None, :] + feature[:, None],
             mask=real_feature[:, None] & seen[None, :],
             other=0.0,
         )
         v = tl.load(
-            v_base + wide[:, None] * v_slot + feature[None, :],
+            v_line[:, None] + feature[None, :],
             mask=seen[:, None] & real_feature[None, :],
             other=0.0,
         )
-        visible = slot[None, :] > position[:, None] - window
-        best, total, acc = attend(
-            q, k, v, visible, best, total, acc, scale, softcap, HAS_WINDOW, HAS_CAP
-        )
-
-    # Tiles that the block reaches into: the cache below `length`, the block from there.
-    for start in range(tl.maximum(begin, cached_end), end, BLOCK_N):
-        slot = start + column
-        wide = slot.to(tl.int64)
-        fresh = (slot - length).to(tl.int64)
-        old = (slot < length) & (slot >= first)
-        new = (slot >= length) & (slot < length + n)
-        k_old = tl.load(
-            k_base + wide[None, :] * k_slot + feature[:, None],
-            mask=real_feature[:, None] & old[None, :],
-            other=0.0,
-        )
-        k = tl.load(
-            k_new_base + fresh[None, :] * k_new_token + feature[:, None],
-            mask=real_feature[:, None] & new[None, :],
-            other=0.0,
-        )
-        v_old = tl.load(
-            v_base + wide[:, None] * v_slot + feature[None, :],
-            mask=old[:, None] & real_feature[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            v_new_base + fresh[:, None] * v_new_token + feature[None, :],
-            mask=new[:, None] & real_feature[None, :],
-            other=0.0,
-        )
-        k = tl.where(new[None, :], k, k_old)
-        v = tl.where(new[:, None], v, v_old)
         visible = slot[None, :] <= position[:, None]
         if HAS_WINDOW:
             visible = visible & (slot[None, :] > position[:, None] - window)
-        best, total, acc = attend(q, k, v, visible, best, total, acc, scale, softcap, True, HAS_CAP)
+        # "ieee": fp32 operands are multiplied as they are, not rounded to tf32.
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if HAS_CAP:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(visible, scores, float("-inf"))
+        best_now = tl.maximum(best, tl.max(scores, axis=1))
+        # A query that has seen nothing yet: 0 instead of -inf, whose difference to itself is NaN.
+        base = tl.where(best_now == float("-inf"), 0.0, best_now)
+        weights = tl.exp(scores - base[:, None])
+        fade = tl.exp(best - base)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        best = best_now
 
     stored = real_member[:, None] & real_feature[None, :]
     if SPLIT:
@@ -291,18 +242,31 @@ def block_attention_combine_kernel(
     )
 
 
-def tile_shape(query_rows: int, padded: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_shape(
+    query_rows: int, padded: int, dtype: torch.dtype, aligned: bool = True
+) -> dict[str, int]:
     """Tile sizes and launch options for G * n query rows and a head size padded to `padded`.
 
-    fp32 is multiplied without tensor cores, out of registers, so its tiles are small.
+    Where keys are not aligned they are loaded element by element, which takes registers; fp32 is
+    multiplied without tensor cores, out of registers too: both get smaller tiles.
     """
     block_m = 16 if query_rows <= 16 else 32 if query_rows <= 32 else 64
     if dtype == torch.float32:
         block_n = 32 if padded <= 128 else 16
-        return {"BLOCK_M": min(block_m, 16), "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
-    block_n = 64 if padded <= 128 else 32
-    warps = 4 if padded <= 128 and block_m <= 32 else 8
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 2}
+        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
+    if not aligned:
+        block_m = min(block_m, 32 if padded <= 128 else 16)
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if padded > 128:
+        return {"BLOCK_M": min(block_m, 32), "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    warps = 4 if block_m <= 32 else 8
+    stages = 3 if padded < 128 or block_m <= 32 else 2
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
+
+
+def combine_shape(padded: int) -> dict[str, int]:
+    """Query rows per program of the second kernel: few, so that there are programs enough."""
+    return {"BLOCK_R": 4 if padded <= 128 else 2, "num_warps": 4}
 
 
 _SHORTEST_SPLIT = 256  # slots: below, writing and adding up the parts costs more than it spreads
@@ -324,6 +288,12 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 64
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every [D] of it begins at a multiple of 16 bytes."""
+    step = 16 // tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(s % step == 0 for s in tensor.stride()[:3])
 
 
 def block_attention(
@@ -349,7 +319,8 @@ def block_attention(
     q, k_new, v_new = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k_new, v_new))
     groups = heads // kv_heads
     padded = max(16, triton.next_power_of_2(width))
-    shape = tile_shape(groups * n, padded, q.dtype)
+    aligned = all(_aligned(t) for t in (k_new, v_new, k_cache, v_cache))
+    shape = tile_shape(groups * n, padded, q.dtype, aligned)
     q_tiles = triton.cdiv(groups * n, shape["BLOCK_M"])
     slots = max_length or capacity
     if window is not None:
@@ -397,14 +368,15 @@ def block_attention(
             softcap or 0.0,
             HAS_CAP=softcap is not None,
             SPLIT=splits > 1,
+            ALIGNED=aligned,
             APPEND_ROWS=_APPEND_ROWS,
             **constants,
             **shape,
             **FUSION,
         )
         if splits > 1:
-            block_r = 4 if padded <= 128 else 2
-            tiles = triton.cdiv(groups * n, block_r)
+            rows = combine_shape(padded)
+            tiles = triton.cdiv(groups * n, rows["BLOCK_R"])
             block_attention_combine_kernel[(batch * kv_heads * tiles,)](
                 *(part, best, total, lengths, out),
                 *sizes,
@@ -412,9 +384,8 @@ def block_attention(
                 splits,
                 split_slots,
                 window or 0,
-                BLOCK_R=block_r,
-                num_warps=4,
                 **constants,
+                **rows,
                 **FUSION,
             )
     return out
