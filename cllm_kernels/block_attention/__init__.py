@@ -54,7 +54,7 @@ def block_attention(
     softcap: float | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Attention of a block of n queries per row to a KV cache in which every row has its own length.
+    """Attention of n queries per row to a KV cache in which every row has its own length.
 
     Row b's keys and values stand at slots 0 .. lengths[b] - 1 of its cache. Token i of the block
     stands at position lengths[b] + i: its key and value are written to that slot, and its query
@@ -176,7 +176,7 @@ def _explain(
             )
     if q.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            "block_attention: q must be float32, bfloat16 or float16, " f"not {dtype_text(q.dtype)}"
+            f"block_attention: q must be float32, bfloat16 or float16, not {dtype_text(q.dtype)}"
         )
     for name, tensor in (
         ("k_new", k_new),
@@ -201,9 +201,7 @@ def _explain(
                 f"contiguous, but its strides are {list(tensor.stride())}"
             )
     if not lengths.is_contiguous():
-        raise ValueError(
-            "block_attention: lengths must be contiguous; pass lengths.contiguous()"
-        )
+        raise ValueError("block_attention: lengths must be contiguous; pass lengths.contiguous()")
 
 
 def _check_options(
@@ -224,7 +222,7 @@ def _check_options(
 
 
 def check_room(lengths: Tensor, n: int, cache: Tensor) -> None:
-    """Raises ValueError for the first row of `lengths` [B], on the CPU, whose block does not fit."""
+    """Raises ValueError for the first of `lengths` [B], on the CPU, whose block does not fit."""
     wrong = (lengths < 0) | (lengths > cache.shape[2] - n)
     if bool(wrong.any()):
         raise no_room(lengths, n, cache, int(wrong.long().argmax()))

@@ -104,7 +104,7 @@ def _softcapped(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """softmax(softcap * tanh(scale * q k^T / softcap) + mask) v in fp32, a block of keys at a time."""
+    """softmax(softcap * tanh(scale * q k^T / softcap) + mask) v in fp32, a block of keys a time."""
     q = folded.float() * (scale / softcap)
     best = q.new_full((*q.shape[:3], 1), float("-inf"))
     total = torch.zeros_like(best)

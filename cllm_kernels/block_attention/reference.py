@@ -20,6 +20,8 @@ def block_attention(
 ) -> Tensor:
     """All rows at once, nothing read back to the host; sums in fp32 (fp64 for float64 inputs)."""
     batch, heads, n, width = q.shape
+    if q.numel() == 0:
+        return q.new_empty(batch, n, heads, width).transpose(1, 2)
     kv_heads, capacity = k_cache.shape[1:3]
     accumulate = torch.promote_types(q.dtype, torch.float32)
     start = lengths.clamp(0, capacity)[:, None]  # [B, 1]
@@ -29,7 +31,7 @@ def block_attention(
     # 1. Append: slot s takes token s - start, where the block has one.
     source = slot - start  # [B, C]
     taken = ((source >= 0) & (source < n))[:, None, :, None]
-    index = source.clamp(0, max(n - 1, 0))[:, None, :, None].expand_as(k_cache)
+    index = source.clamp(0, n - 1)[:, None, :, None].expand_as(k_cache)
     for cache, new in ((k_cache, k_new), (v_cache, v_new)):
         cache.copy_(torch.where(taken, new.gather(2, index), cache))
 
@@ -51,4 +53,4 @@ def block_attention(
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(dim=-1)
     out = torch.einsum("bhgis,bhsd->bihgd", weights, values).to(q.dtype)
-    return out.reshape(batch, n, heads, width).transpose(1, 2)
+    return out.reshape(batch, n, heads, width).contiguous().transpose(1, 2)

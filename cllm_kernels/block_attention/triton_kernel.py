@@ -1,10 +1,10 @@
 """block_attention in Triton: one program per KV head, tile of query rows and split of the cache.
 
 A group's query heads are folded into query rows, so a tile of keys and values is read once for all
-of them. Tiles and splits begin at fixed slots, wherever the block begins: a key takes the same place
-in the same sum whether it comes from the cache or from the block, and a masked one adds exact zeros.
-So the bits of a token's result do not depend on where its block began. Splits that a row does not
-reach return at once; a second kernel adds the others in order, without atomics.
+of them. Tiles and splits begin at fixed slots, wherever the block begins: a key takes the same
+place in the same sum whether it comes from the cache or from the block, and a masked one adds exact
+zeros. So the bits of a token's result do not depend on where its block began. Splits that a row
+does not reach return at once; a second kernel adds the others in order, without atomics.
 """
 
 from __future__ import annotations
