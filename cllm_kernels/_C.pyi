@@ -101,6 +101,45 @@ def running_argmax_exact_cpu(
     value: int,
     threads: int,
 ) -> None: ...
+def block_append_cpu(
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    lengths: int,
+    dtype: int,
+    batch: int,
+    heads: int,
+    n: int,
+    width: int,
+    capacity: int,
+    threads: int,
+) -> int: ...
+def block_mask_cpu(
+    lengths: int,
+    batch: int,
+    n: int,
+    first: int,
+    slots: int,
+    window: int,
+    groups: int,
+    dtype: int,
+    mask: int,
+    threads: int,
+) -> None: ...
+def block_unsafe_cpu(
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    lengths: int,
+    dtype: int,
+    batch: int,
+    heads: int,
+    n: int,
+    width: int,
+    capacity: int,
+    first: int,
+    slots: int,
+    window: int,
+    threads: int,
+) -> bool: ...
 def isa() -> str: ...
 def openmp_threads() -> int: ...
 def consistency_chunk_cpu(

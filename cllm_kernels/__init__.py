@@ -7,6 +7,7 @@
                           divergence of two heads' outputs and cross-entropy, with gradients, the
                           logits of a few tokens at a time
     gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
+    block_attention(...)  append a block to a ragged KV cache, attend to both
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -26,6 +27,7 @@ from cllm_kernels._backend import (
     use_backend,
 )
 from cllm_kernels._native import build_info
+from cllm_kernels.block_attention import block_attention
 from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
@@ -38,6 +40,7 @@ __all__ = [
     "BackendError",
     "__version__",
     "backends",
+    "block_attention",
     "build_info",
     "current_backend",
     "gumbel_noise",

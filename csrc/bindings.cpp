@@ -156,6 +156,59 @@ auto consistency_chunk(Result (*run)(const cllm::ConsistencyChunk&, Rest...)) {
     };
 }
 
+cllm::CacheSide cache_side(const py::tuple& side) {
+    const auto at = [&side](size_t i) { return side[i].cast<int64_t>(); };
+    return {pointer<const void>(static_cast<uintptr_t>(at(0))),
+            pointer<void>(static_cast<uintptr_t>(at(1))),
+            at(2),
+            at(3),
+            at(4),
+            at(5),
+            at(6),
+            at(7)};
+}
+
+cllm::BlockAppend block_append(const py::tuple& keys, const py::tuple& values, uintptr_t lengths,
+                               int dtype, int64_t batch, int64_t heads, int64_t n, int64_t width,
+                               int64_t capacity) {
+    return {cache_side(keys),
+            cache_side(values),
+            pointer<const int64_t>(lengths),
+            static_cast<cllm::Dtype>(dtype),
+            batch,
+            heads,
+            n,
+            width,
+            capacity};
+}
+
+int64_t block_append_cpu(const py::tuple& keys, const py::tuple& values, uintptr_t lengths,
+                         int dtype, int64_t batch, int64_t heads, int64_t n, int64_t width,
+                         int64_t capacity, int threads) {
+    const auto append =
+        block_append(keys, values, lengths, dtype, batch, heads, n, width, capacity);
+    py::gil_scoped_release release;
+    return cllm::block_append_cpu(append, threads);
+}
+
+void block_mask_cpu(uintptr_t lengths, int64_t batch, int64_t n, int64_t first, int64_t slots,
+                    int64_t window, int64_t groups, int dtype, uintptr_t mask, int threads) {
+    const cllm::BlockView view{pointer<const int64_t>(lengths), batch, n, first, slots, window};
+    py::gil_scoped_release release;
+    cllm::block_mask_cpu(view, groups, static_cast<cllm::Dtype>(dtype), pointer<void>(mask),
+                         threads);
+}
+
+bool block_unsafe_cpu(const py::tuple& keys, const py::tuple& values, uintptr_t lengths, int dtype,
+                      int64_t batch, int64_t heads, int64_t n, int64_t width, int64_t capacity,
+                      int64_t first, int64_t slots, int64_t window, int threads) {
+    const auto append =
+        block_append(keys, values, lengths, dtype, batch, heads, n, width, capacity);
+    const cllm::BlockView view{append.lengths, batch, n, first, slots, window};
+    py::gil_scoped_release release;
+    return cllm::block_unsafe_cpu(append, view, threads);
+}
+
 #ifdef CLLM_WITH_CUDA
 void launched(const char* op, const char* failure) {
     if (failure == nullptr) return;
@@ -194,6 +247,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);
     module.def("consistency_chunk_cpu", consistency_chunk(&cllm::consistency_chunk_cpu));
     if (!cllm::direct::add_to(module.ptr())) throw py::error_already_set();
+    module.def("block_append_cpu", &block_append_cpu);
+    module.def("block_mask_cpu", &block_mask_cpu);
+    module.def("block_unsafe_cpu", &block_unsafe_cpu);
     module.def("isa", &isa_name);
 #ifdef _OPENMP
     module.def("openmp_threads", [] { return omp_get_max_threads(); });

@@ -146,6 +146,47 @@ struct ConsistencyChunk {
 
 void consistency_chunk_cpu(const ConsistencyChunk& chunk, int threads);
 
+// One side of the KV cache and the block that joins it, addressed by strides in elements.
+struct CacheSide {
+    const void* block;  // [batch, heads, n, width], last dimension contiguous
+    void* cache;        // [batch, heads, capacity, width], last dimension contiguous
+    int64_t block_row, block_head, block_token;
+    int64_t cache_row, cache_head, cache_slot;
+};
+
+struct BlockAppend {
+    CacheSide keys;
+    CacheSide values;
+    const int64_t* lengths;  // [batch]
+    Dtype dtype;
+    int64_t batch;
+    int64_t heads;
+    int64_t n;
+    int64_t width;
+    int64_t capacity;
+};
+
+// Copies row b's block to slots lengths[b] .. lengths[b] + n - 1 of its cache. Returns -1, or the
+// first row whose block does not fit; nothing is changed then.
+int64_t block_append_cpu(const BlockAppend& append, int threads);
+
+// The slots that attention reduces over, for rows whose block stands behind `lengths`.
+struct BlockView {
+    const int64_t* lengths;  // [batch]
+    int64_t batch;
+    int64_t n;
+    int64_t first;  // slots first .. first + slots - 1
+    int64_t slots;
+    int64_t window;  // positions that a query sees, or 0: all before it
+};
+
+// mask [batch, groups, n, slots]: 0 where token i of the block sees a slot, -inf where it does not.
+void block_mask_cpu(const BlockView& view, int64_t groups, Dtype dtype, void* mask, int threads);
+
+// Whether a slot of the view that no query of its row sees holds something that a weight of zero
+// or a mask of -inf would not silence: NaN, infinity, or so large that its score could be either.
+bool block_unsafe_cpu(const BlockAppend& append, const BlockView& view, int threads);
+
 #ifdef CLLM_WITH_CUDA
 // Launches one kernel on the stream and returns at once: nullptr, or CUDA's name of what went
 // wrong.

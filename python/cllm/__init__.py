@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._on_import import when_transformers_loads
+
 if TYPE_CHECKING:
     from .decoding import (
         JacobiConfig,
@@ -36,6 +38,9 @@ __all__ = [
     "patched",
     "verify",
 ]
+
+# attn_implementation="cllm" is there for any user, and at no cost for those who load no model
+when_transformers_loads(lambda: import_module(".decoding.attention", __name__))
 
 # torch and transformers take seconds to import, `cllm --help` should not: names load on first use
 _HOMES = {

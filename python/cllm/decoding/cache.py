@@ -42,6 +42,8 @@ class BlockPlan:
             left-padded batch, for models that read positions off a 2D mask (ALiBi) or off the
             key's distance from the end. Costs a gather of the whole cache per layer.
         constant_view: never grow the view.
+        handed: layers hand the block and their storage to attention as they are, which appends
+            the one to the other (`cllm_kernels.block_attention`); nothing is copied or masked.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class BlockPlan:
         *,
         right_aligned: bool = False,
         constant_view: bool = False,
+        handed: bool = False,
     ):
         self.batch = batch
         self.grows = slots > VIEW_STEP and not constant_view
@@ -59,6 +62,9 @@ class BlockPlan:
         self.capacity = VIEW_STEP if self.grows else self.longest_view
         self.device = device
         self.right_aligned = right_aligned
+        self.handed = handed
+        self.lengths: torch.Tensor | None = None  # [B] where each row's block begins
+        self._offer: tuple[torch.Tensor, torch.Tensor, RaggedLayer] | None = None
         self.prefill = True
         self.view = 0  # slots of a row that attention sees
         self.single = 0  # where the block starts, when there is one row and the host knows it
@@ -77,6 +83,10 @@ class BlockPlan:
         longest = max(host_lengths)
         self.reserve(longest + width)
         self.single = host_lengths[0]
+        self.lengths = lengths
+        if self.handed:
+            self.view = width
+            return
         offsets = torch.arange(width, device=self.device)
         rows = torch.arange(self.batch, device=self.device)[:, None] * self.capacity
         if self.batch > 1 or self.device.type != "cpu":
@@ -94,6 +104,24 @@ class BlockPlan:
         if slots > self.capacity:
             wanted = min(max(slots, 2 * self.capacity), self.longest_view)
             self.capacity = round_up(wanted, VIEW_STEP)
+
+    def offer(self, keys: torch.Tensor, values: torch.Tensor, layer: RaggedLayer) -> None:
+        """A layer's block [B, heads, n, D], for attention to take."""
+        self.check_taken()
+        self._offer = keys, values, layer
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The storage [B, heads, capacity, D] that belongs to the block just offered."""
+        offer, self._offer = self._offer, None
+        if offer is None or keys is not offer[0] or values is not offer[1]:
+            raise RuntimeError("attention was given other keys than its cache layer returned")
+        stored_keys, stored_values = offer[2].stored()
+        return stored_keys.transpose(1, 2), stored_values.transpose(1, 2)
+
+    def check_taken(self) -> None:
+        """Raises RuntimeError if a layer's block was never taken, and so is not in the cache."""
+        if self._offer is not None:
+            raise RuntimeError("a layer's attention did not take the block of its cache layer")
 
     def key_mask(self, lengths: torch.Tensor) -> torch.Tensor:
         """[B, view] of 0 and 1, the 2D attention mask of the right-aligned layout."""
@@ -138,23 +166,34 @@ class RaggedLayer(CacheLayerMixin):
         assert self.storage is not None
         self.updates += 1
         keys, values = self.storage
-        self.storage = keys, values = (
-            self._write(keys, key_states),
-            self._write(values, value_states),
-        )
+        self.storage = keys, values = self._grown(keys), self._grown(values)
         # under the names by which HuggingFace's own code finds a layer's tensors
         self.keys, self.values = keys, values
+        if self.plan.handed and not self.plan.prefill:
+            self.plan.offer(key_states, value_states, self)
+            return key_states, value_states
+        self._write(keys, key_states)
+        self._write(values, value_states)
         if self.plan.prefill:
             return key_states, value_states
         return self._visible(keys), self._visible(values)
 
-    def _write(self, storage: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The storage, keys and values."""
+        assert self.storage is not None
+        return self.storage
+
+    def _grown(self, storage: torch.Tensor) -> torch.Tensor:
+        capacity = self.plan.capacity
+        if storage.shape[1] >= capacity:
+            return storage
+        grown = storage.new_zeros(storage.shape[0], capacity, *storage.shape[2:])
+        grown[:, : storage.shape[1]] = storage
+        return grown
+
+    def _write(self, storage: torch.Tensor, states: torch.Tensor) -> None:
         plan = self.plan
         block = states.transpose(1, 2)  # [B, n, heads, D]
-        if storage.shape[1] < plan.capacity:
-            grown = storage.new_zeros(plan.batch, plan.capacity, *storage.shape[2:])
-            grown[:, : storage.shape[1]] = storage
-            storage = grown
         if plan.prefill:
             storage[:, : plan.width] = block
         elif plan.slots is None:
@@ -162,7 +201,6 @@ class RaggedLayer(CacheLayerMixin):
         else:
             slots = plan.slots.to(storage.device)
             storage.view(-1, *storage.shape[2:]).index_copy_(0, slots, block.flatten(0, 1))
-        return storage
 
     def _visible(self, storage: torch.Tensor) -> torch.Tensor:
         plan = self.plan

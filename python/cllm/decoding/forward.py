@@ -5,13 +5,16 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from .attention import folded_attention
+from cllm_kernels import current_backend
+from cllm_kernels.block_attention import OP as BLOCK_ATTENTION
+
+from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
-from .masks import window_mask
+from .masks import CHUNKED, block_mask, window_mask
 from .support import ModelTraits, UnsupportedModelError
 
 
@@ -21,23 +24,36 @@ class Layout:
 
     Attributes:
         right_aligned: the cache layout, see `BlockPlan`.
-        folded: its SDPA attention is replaced by `attention.cllm_attention_forward` meanwhile.
+        attention: "block" (attention is replaced by `attention.cllm_attention_forward` meanwhile,
+            which hands block and cache to `cllm_kernels.block_attention`), "folded" (SDPA is
+            replaced by the same, under masks) or "own".
     """
 
     right_aligned: bool
-    folded: bool
+    attention: Literal["block", "folded", "own"]
 
     def applied(self, model: Any) -> AbstractContextManager[None]:
-        return folded_attention(model) if self.folded else nullcontext()
+        if self.attention == "own":
+            return nullcontext()
+        eager = ("eager",) if self.attention == "block" else ()
+        return cllm_attention(model, ("sdpa", NAME, *eager))
 
     def __str__(self) -> str:
         side = "right" if self.right_aligned else "left"
-        return f"{side}-aligned{', folded attention' if self.folded else ''}"
+        return f"{side}-aligned, {self.attention} attention"
 
 
-# Best first. A model that asks for its attention by name ("sdpa") cannot have it folded; one that
+# Best first. A model that asks for its attention by name ("sdpa") cannot have it replaced; one that
 # reads positions off the keys' places needs them right-aligned.
-_LAYOUTS = (Layout(False, True), Layout(False, False), Layout(True, False))
+_LAYOUTS = (
+    Layout(False, "block"),
+    Layout(False, "folded"),
+    Layout(False, "own"),
+    Layout(True, "own"),
+)
+# Where block attention comes before SDPA over masks. On a CPU the masks of a forward are made once
+# for all its layers, and SDPA reads the same keys: that measured no slower.
+block_attention_devices = {"cuda"}
 _chosen: weakref.WeakKeyDictionary[Any, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
 
 
@@ -72,11 +88,17 @@ class BlockForward:
             slots,
             device,
             right_aligned=layout.right_aligned,
-            constant_view=traits.additive_masks,
+            constant_view=traits.additive_masks and layout.attention != "block",
+            handed=layout.attention == "block",
         )
         self.cache = RaggedCache(self.plan)
         self.position_limit = position_limit
         self.mask_dtype = model.dtype if traits.additive_masks else None
+        self.block_masks = {
+            kind: block_mask(self.plan, size, model.dtype)
+            for kind, size in traits.mask_kinds.items()
+            if self.plan.handed
+        }
         self._call: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
 
     def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -118,7 +140,7 @@ class BlockForward:
         if self.plan.right_aligned:
             call["attention_mask"] = self.plan.key_mask(lengths)
         else:
-            masks = {
+            masks = self.block_masks or {
                 kind: window_mask(positions, self.plan.view, kind, size, self.mask_dtype)
                 for kind, size in self.traits.mask_kinds.items()
             }
@@ -127,7 +149,9 @@ class BlockForward:
             if self.position_limit is not None:
                 positions = positions.clamp(max=self.position_limit - 1)
             call["position_ids"] = positions
-        return self.model(**call).logits
+        logits = self.model(**call).logits
+        self.plan.check_taken()
+        return logits
 
 
 def choose_layout(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
@@ -144,14 +168,24 @@ def choose_layout(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> L
         UnsupportedModelError: if no layout gives the model's own logits.
     """
     known = _chosen.setdefault(model, {})
-    implementation = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    key = (implementation, model.dtype)
+    implementation = chosen_implementation(model.config.get_text_config())
+    blocks = _block_attention_runs(traits, input_ids.device)
+    key = (implementation, model.dtype, blocks)
     if key not in known:
-        known[key] = _probe(model, traits, input_ids)
+        known[key] = _probe(model, traits, input_ids, blocks)
     return known[key]
 
 
-def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
+def _block_attention_runs(traits: ModelTraits, device: torch.device) -> bool:
+    """Whether the block layout is worth a try: a kernel is there, and knows the model's masks."""
+    return (
+        device.type in block_attention_devices
+        and CHUNKED not in traits.mask_kinds
+        and BLOCK_ATTENTION.choose(device, current_backend()) != "reference"
+    )
+
+
+def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: bool) -> Layout:
     # far above rounding, far below what a wrong mask or position does to the logits
     bound = 1e-2 if model.dtype == torch.float32 else 0.1
     tokens = input_ids[torch.arange(8, device=input_ids.device) % input_ids.shape[0]]
@@ -160,6 +194,8 @@ def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
     findings = []
     for layout in _LAYOUTS:
         if traits.prefer_right_aligned and not layout.right_aligned:
+            continue
+        if layout.attention == "block" and not blocks:
             continue
         try:
             with layout.applied(model):

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+
+
+@dataclass(frozen=True)
+class RaggedBlock:
+    """What `block_mask` tells a layer's attention.
+
+    Attributes:
+        plan: the `cache.BlockPlan` of the forward.
+        window: positions that a query sees, or None: all before it.
+    """
+
+    plan: Any
+    window: int | None
+
+
+def block_mask(plan: Any, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """A mask [1, 1, 1, 1] that stands for a ragged block: `attention.cllm_attention_forward` finds
+    a `RaggedBlock` on it. Whoever takes it for a mask of numbers gets NaN, not a wrong text."""
+    mask = torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=plan.device)
+    mask._cllm_block = RaggedBlock(plan, window)  # type: ignore[attr-defined]
+    return mask
 
 
 def window_mask(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .attention import chosen_implementation
 from .masks import CHUNKED, FULL, SLIDING
 
 
@@ -85,7 +86,7 @@ def check_model(model: Any) -> ModelTraits:
         raise UnsupportedModelError(
             f"the forward of {name} takes no past_key_values; Jacobi decoding needs a KV cache"
         )
-    implementation = getattr(text, "_attn_implementation", None) or "eager"
+    implementation = chosen_implementation(text) or "eager"
     if implementation not in _ATTENTION_IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"{name} uses attn_implementation={implementation!r}, which takes no mask per row; "

@@ -1,0 +1,391 @@
+"""block_attention in Triton: one program per KV head, tile of query rows and split of the cache.
+
+A group's query heads are folded into query rows, so a tile of keys and values is read once for all
+of them. Tiles and splits begin at fixed slots, wherever the block begins: a key takes the same
+place in the same sum whether it comes from the cache or from the block, and a masked one adds exact
+zeros. So the bits of a token's result do not depend on where its block began. Splits that a row
+does not reach return at once; a second kernel adds the others in order, without atomics.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels.block_attention import empty_output
+from cllm_kernels.linear_argmax.triton_kernel import tanh
+
+_APPEND_ROWS = 16  # tokens that one step of the append copies
+
+
+@triton.jit
+def reach(lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW: tl.constexpr):
+    """Where a row stands: (length, first slot that its block sees, the split that slot is in)."""
+    length = tl.load(lengths_ptr + row)
+    length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
+    first = length * 0
+    if HAS_WINDOW:
+        first = tl.maximum(length - window + 1, 0)
+    return length, first, first // split_slots
+
+
+@triton.jit
+def block_attention_tiles_kernel(
+    q_ptr,  # [B, Hq, n, D]
+    k_new_ptr,  # [B, Hkv, n, D]
+    v_new_ptr,  # [B, Hkv, n, D]
+    k_cache_ptr,  # [B, Hkv, capacity, D], mutated
+    v_cache_ptr,  # [B, Hkv, capacity, D], mutated
+    lengths_ptr,  # [B] int64
+    out_ptr,  # [B, n, Hq, D], written where SPLIT is false
+    part_ptr,  # [B * Hkv, splits, G * n, D] float32, written where SPLIT: unscaled sums
+    best_ptr,  # [B * Hkv, splits, G * n] float32, written where SPLIT: their largest score
+    total_ptr,  # [B * Hkv, splits, G * n] float32, written where SPLIT: their sum of weights
+    q_row,  # strides in elements: of a row of the batch, of a head, of a token or slot
+    q_head,
+    q_token,
+    k_new_row,
+    k_new_head,
+    k_new_token,
+    v_new_row,
+    v_new_head,
+    v_new_token,
+    k_row,
+    k_head,
+    k_slot,
+    v_row,
+    v_head,
+    v_slot,
+    n,
+    groups,  # G, query heads per KV head
+    kv_heads,
+    capacity,
+    q_tiles,
+    splits,
+    split_slots,  # a multiple of BLOCK_N
+    window,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,  # D, padded to a power of two
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ALIGNED: tl.constexpr,  # keys and values of every token begin at a multiple of 16 bytes
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    APPEND_ROWS: tl.constexpr,
+):
+    # Programs that share keys and values, the query tiles of a KV head, are neighbours.
+    q_tile = tl.program_id(0) % q_tiles
+    kv_row = tl.program_id(0) // q_tiles
+    row = (kv_row // kv_heads).to(tl.int64)
+    head = (kv_row % kv_heads).to(tl.int64)
+    length, first, first_split = reach(
+        lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW
+    )
+    place = tl.program_id(1)
+    split = first_split + place
+    feature = tl.arange(0, D_PAD)
+    real_feature = feature < D
+    k_new_base = k_new_ptr + row * k_new_row + head * k_new_head
+    v_new_base = v_new_ptr + row * v_new_row + head * v_new_head
+    k_base = k_cache_ptr + row * k_row + head * k_head
+    v_base = v_cache_ptr + row * v_row + head * v_head
+
+    # The block's keys and values are stored by one program and read from the block by all, so
+    # nobody waits: slots below `length` are read from the cache, those above only written.
+    if (place == 0) & (q_tile == 0):
+        for begin in range(0, n, APPEND_ROWS):
+            token = begin + tl.arange(0, APPEND_ROWS)
+            slot = (length + token).to(tl.int64)
+            copied = ((token < n) & (slot < capacity))[:, None] & real_feature[None, :]
+            token = token.to(tl.int64)
+            k = tl.load(k_new_base + token[:, None] * k_new_token + feature[None, :], mask=copied)
+            v = tl.load(v_new_base + token[:, None] * v_new_token + feature[None, :], mask=copied)
+            tl.store(k_base + slot[:, None] * k_slot + feature[None, :], k, mask=copied)
+            tl.store(v_base + slot[:, None] * v_slot + feature[None, :], v, mask=copied)
+
+    begin = tl.maximum(split * split_slots, first // BLOCK_N * BLOCK_N)
+    end = length + n
+    if place < splits - 1:  # the last one goes on to the end, however few splits were launched
+        end = tl.minimum(end, (split + 1) * split_slots)
+    if begin >= end:
+        return
+
+    member = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # of the group's G * n query rows
+    real_member = member < groups * n
+    token = member % n
+    q_offset = (head * groups + member // n) * q_head + token.to(tl.int64) * q_token
+    q = tl.load(
+        q_ptr + row * q_row + q_offset[:, None] + feature[None, :],
+        mask=real_member[:, None] & real_feature[None, :],
+        other=0.0,
+    )
+    position = length + token
+    column = tl.arange(0, BLOCK_N)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+
+    for start in range(begin, end, BLOCK_N):
+        slot = start + column
+        fresh = slot >= length  # a token of the block, read where it came from
+        old_place = slot.to(tl.int64)
+        new_place = (slot - length).to(tl.int64)
+        k_line = tl.where(fresh, k_new_base + new_place * k_new_token, k_base + old_place * k_slot)
+        v_line = tl.where(fresh, v_new_base + new_place * v_new_token, v_base + old_place * v_slot)
+        if ALIGNED:  # a choice between two pointers hides from the compiler what both promise
+            k_line = tl.multiple_of(k_line, 16)
+            v_line = tl.multiple_of(v_line, 16)
+        seen = (slot >= first) & (slot < length + n)
+        k = tl.load(
+            k_line[None, :] + feature[:, None],
+            mask=real_feature[:, None] & seen[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            v_line[:, None] + feature[None, :],
+            mask=seen[:, None] & real_feature[None, :],
+            other=0.0,
+        )
+        visible = slot[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            visible = visible & (slot[None, :] > position[:, None] - window)
+        # "ieee": fp32 operands are multiplied as they are, not rounded to tf32.
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if HAS_CAP:
+            scores = softcap * tanh(scores / softcap)
+        scores = tl.where(visible, scores, float("-inf"))
+        best_now = tl.maximum(best, tl.max(scores, axis=1))
+        # A query that has seen nothing yet: 0 instead of -inf, whose difference to itself is NaN.
+        base = tl.where(best_now == float("-inf"), 0.0, best_now)
+        weights = tl.exp(scores - base[:, None])
+        fade = tl.exp(best - base)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        best = best_now
+
+    stored = real_member[:, None] & real_feature[None, :]
+    if SPLIT:
+        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + member
+        tl.store(part_ptr + line[:, None] * D + feature[None, :], acc, mask=stored)
+        tl.store(best_ptr + line, best, mask=real_member)
+        tl.store(total_ptr + line, total, mask=real_member)
+    else:
+        line = (row * n + token) * (kv_heads * groups) + head * groups + member // n
+        # Every query sees itself, so its sum is not 0; a padding row has none to divide by.
+        out = acc / tl.where(real_member, total, 1.0)[:, None]
+        tl.store(
+            out_ptr + line[:, None] * D + feature[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=stored,
+        )
+
+
+@triton.jit
+def block_attention_combine_kernel(
+    part_ptr,  # [B * Hkv, splits, G * n, D] float32
+    best_ptr,  # [B * Hkv, splits, G * n] float32
+    total_ptr,  # [B * Hkv, splits, G * n] float32
+    lengths_ptr,  # [B] int64
+    out_ptr,  # [B, n, Hq, D], written
+    n,
+    groups,
+    kv_heads,
+    capacity,
+    tiles,
+    splits,
+    split_slots,
+    window,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile = tl.program_id(0) % tiles
+    kv_row = tl.program_id(0) // tiles
+    row = (kv_row // kv_heads).to(tl.int64)
+    head = (kv_row % kv_heads).to(tl.int64)
+    length, _, first_split = reach(lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW)
+    # Splits beyond have returned without a word: what stands in their place is not read.
+    reached = tl.minimum((length + n - 1) // split_slots - first_split + 1, splits)
+    member = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    feature = tl.arange(0, D_PAD)
+    real_member = member < groups * n
+    stored = real_member[:, None] & (feature < D)[None, :]
+    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, D_PAD], tl.float32)
+    for place in range(0, reached):
+        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + member
+        part = tl.load(part_ptr + line[:, None] * D + feature[None, :], mask=stored, other=0.0)
+        part_best = tl.load(best_ptr + line, mask=real_member, other=0.0)
+        part_total = tl.load(total_ptr + line, mask=real_member, other=1.0)
+        best_now = tl.maximum(best, part_best)
+        base = tl.where(best_now == float("-inf"), 0.0, best_now)
+        fade = tl.exp(best - base)
+        weight = tl.exp(part_best - base)
+        total = total * fade + part_total * weight
+        acc = acc * fade[:, None] + part * weight[:, None]
+        best = best_now
+    line = (row * n + member % n) * (kv_heads * groups) + head * groups + member // n
+    tl.store(
+        out_ptr + line[:, None] * D + feature[None, :],
+        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+        mask=stored,
+    )
+
+
+def tile_shape(
+    query_rows: int, padded: int, dtype: torch.dtype, aligned: bool = True
+) -> dict[str, int]:
+    """Tile sizes and launch options for G * n query rows and a head size padded to `padded`.
+
+    Where keys are not aligned they are loaded element by element, which takes registers; fp32 is
+    multiplied without tensor cores, out of registers too: both get smaller tiles.
+    """
+    block_m = 16 if query_rows <= 16 else 32 if query_rows <= 32 else 64
+    if dtype == torch.float32:
+        block_n = 32 if padded <= 128 else 16
+        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
+    if not aligned:
+        block_m = min(block_m, 32 if padded <= 128 else 16)
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if padded > 128:
+        return {"BLOCK_M": min(block_m, 32), "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    warps = 4 if block_m <= 32 else 8
+    stages = 3 if padded < 128 or block_m <= 32 else 2
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
+
+
+def combine_shape(padded: int) -> dict[str, int]:
+    """Query rows per program of the second kernel: few, so that there are programs enough."""
+    return {"BLOCK_R": 4 if padded <= 128 else 2, "num_warps": 4}
+
+
+_SHORTEST_SPLIT = 256  # slots: below, writing and adding up the parts costs more than it spreads
+
+
+def split_plan(programs: int, slots: int, block_n: int, processors: int) -> tuple[int, int]:
+    """(splits, slots per split) for `programs` programs that share nothing else.
+
+    From sizes that the host knows; the lengths stay on the device. Four programs per processor
+    keep all of them busy although ragged rows end early.
+    """
+    wanted = min(triton.cdiv(4 * processors, programs), triton.cdiv(slots, _SHORTEST_SPLIT))
+    split_slots = triton.cdiv(triton.cdiv(slots, max(wanted, 1)), block_n) * block_n
+    return triton.cdiv(slots, split_slots), split_slots
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 64
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every [D] of it begins at a multiple of 16 bytes."""
+    step = 16 // tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(s % step == 0 for s in tensor.stride()[:3])
+
+
+def block_attention(
+    q: Tensor,  # [B, Hq, n, D]
+    k_new: Tensor,  # [B, Hkv, n, D]
+    v_new: Tensor,  # [B, Hkv, n, D]
+    k_cache: Tensor,  # [B, Hkv, C, D], mutated
+    v_cache: Tensor,  # [B, Hkv, C, D], mutated
+    lengths: Tensor,  # [B]
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    max_length: int | None,
+    *,
+    split_slots: int | None = None,
+) -> Tensor:
+    """Launches the kernels; nothing is read back. `split_slots` overrides `split_plan` (tests)."""
+    batch, heads, n, width = q.shape
+    kv_heads, capacity = k_cache.shape[1:3]
+    out = empty_output(q)
+    if out.numel() == 0:
+        return out
+    q, k_new, v_new = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k_new, v_new))
+    groups = heads // kv_heads
+    padded = max(16, triton.next_power_of_2(width))
+    aligned = all(_aligned(t) for t in (k_new, v_new, k_cache, v_cache))
+    shape = tile_shape(groups * n, padded, q.dtype, aligned)
+    q_tiles = triton.cdiv(groups * n, shape["BLOCK_M"])
+    slots = max_length or capacity
+    if window is not None:
+        slots = min(slots, window + n)
+    if split_slots is None:
+        programs = batch * kv_heads * q_tiles
+        splits, split_slots = split_plan(programs, slots, shape["BLOCK_N"], _processors(q.device))
+    else:
+        split_slots = triton.cdiv(split_slots, shape["BLOCK_N"]) * shape["BLOCK_N"]
+        splits = triton.cdiv(slots, split_slots)
+    if window is not None and splits > 1:
+        splits += 1  # a window need not begin where a split does
+    lines = (batch * kv_heads, splits, groups * n)
+    if splits > 1:
+        part = torch.empty((*lines, width), dtype=torch.float32, device=q.device)
+        best = torch.empty(lines, dtype=torch.float32, device=q.device)
+        total = torch.empty(lines, dtype=torch.float32, device=q.device)
+    else:
+        part = best = total = out
+    sizes = (n, groups, kv_heads, capacity)
+    constants = {"D": width, "D_PAD": padded, "HAS_WINDOW": window is not None}
+    with device_of(q):
+        block_attention_tiles_kernel[(batch * kv_heads * q_tiles, splits)](
+            q,
+            k_new,
+            v_new,
+            k_cache,
+            v_cache,
+            lengths,
+            out,
+            part,
+            best,
+            total,
+            *q.stride()[:3],
+            *k_new.stride()[:3],
+            *v_new.stride()[:3],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *sizes,
+            q_tiles,
+            splits,
+            split_slots,
+            window or 0,
+            float(scale),
+            softcap or 0.0,
+            HAS_CAP=softcap is not None,
+            SPLIT=splits > 1,
+            ALIGNED=aligned,
+            APPEND_ROWS=_APPEND_ROWS,
+            **constants,
+            **shape,
+            **FUSION,
+        )
+        if splits > 1:
+            rows = combine_shape(padded)
+            tiles = triton.cdiv(groups * n, rows["BLOCK_R"])
+            block_attention_combine_kernel[(batch * kv_heads * tiles,)](
+                *(part, best, total, lengths, out),
+                *sizes,
+                tiles,
+                splits,
+                split_slots,
+                window or 0,
+                **constants,
+                **rows,
+                **FUSION,
+            )
+    return out

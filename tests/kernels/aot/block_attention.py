@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import triton
+
+from cllm_kernels._triton import FUSION
+from cllm_kernels.block_attention.triton_kernel import (
+    _APPEND_ROWS,
+    block_attention_combine_kernel,
+    block_attention_tiles_kernel,
+    combine_shape,
+    tile_shape,
+)
+from tests.kernels.aot import FLOATS
+
+# (head size, query rows of a group, window, soft-cap, aligned keys and values): decoding's blocks,
+# the largest tiles, sizes that are no power of two, and everything at once.
+_CASES = {
+    "fp32": (
+        (64, 16, False, False, True),
+        (128, 64, True, False, True),
+        (256, 64, True, True, True),
+        (256, 64, True, True, False),
+    ),
+    "bf16": (
+        (64, 16, False, False, True),
+        (80, 64, False, False, True),
+        (96, 32, True, False, True),
+        (128, 32, False, False, True),
+        (128, 128, True, True, True),
+        (256, 16, False, False, True),
+        (256, 128, True, True, True),
+        (128, 128, True, True, False),
+        (256, 128, True, True, False),
+    ),
+    "fp16": ((128, 64, False, False, True),),
+}
+
+
+def variants():
+    for short, cases in _CASES.items():
+        for width, rows, window, cap, aligned in cases:
+            padded = triton.next_power_of_2(width)
+            shape = tile_shape(rows, padded, FLOATS[short], aligned)
+            tiles = {k: v for k, v in shape.items() if k.startswith("BLOCK")}
+            launch = {k: v for k, v in shape.items() if not k.startswith("BLOCK")}
+            types = dict.fromkeys(("q_ptr", "out_ptr"), f"*{short}")
+            types |= dict.fromkeys(("k_new_ptr", "v_new_ptr"), f"*{short}")
+            types |= dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), f"*{short}")
+            types |= dict.fromkeys(("part_ptr", "best_ptr", "total_ptr"), "*fp32")
+            types |= {"lengths_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
+            sizes = {"D": width, "D_PAD": padded, "HAS_WINDOW": window}
+            flags = {"HAS_CAP": cap, "SPLIT": True, "ALIGNED": aligned, "APPEND_ROWS": _APPEND_ROWS}
+            yield (
+                f"block_attention tiles {short} D={width} rows={rows} everything={window and cap} "
+                f"hinted={aligned}",
+                block_attention_tiles_kernel,
+                types,
+                {**sizes, **flags, **tiles},
+                {**launch, **FUSION},
+            )
+    for width in (96, 256):
+        padded = triton.next_power_of_2(width)
+        types = dict.fromkeys(("part_ptr", "best_ptr", "total_ptr"), "*fp32")
+        types |= {"lengths_ptr": "*i64", "out_ptr": "*bf16"}
+        shape = combine_shape(padded)
+        yield (
+            f"block_attention combine D={width}",
+            block_attention_combine_kernel,
+            types,
+            {"D": width, "D_PAD": padded, "HAS_WINDOW": True, "BLOCK_R": shape["BLOCK_R"]},
+            {"num_warps": shape["num_warps"], **FUSION},
+        )
