@@ -99,15 +99,18 @@ def block_attention(
     if scale is None:
         scale = q.shape[3] ** -0.5
     _check_options(scale, window, softcap, max_length)
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (q, k_new, v_new, k_cache, v_cache)
+    if torch.is_grad_enabled() and (
+        (q.requires_grad or k_new.requires_grad or v_new.requires_grad)
+        or (k_cache.requires_grad or v_cache.requires_grad)
     ):
         raise RuntimeError(
             "block_attention has no gradient, but an argument requires one; "
             "call it under torch.no_grad()"
         )
     tensors = (q, k_new, v_new, k_cache, v_cache, lengths)
-    if eager(*tensors) and not any(tensor.is_neg() for tensor in tensors):
+    if eager(*tensors) and not (
+        (q.is_neg() or k_new.is_neg() or v_new.is_neg()) or k_cache.is_neg() or v_cache.is_neg()
+    ):
         attend = OP.resolve(q.device)
     else:
         attend = torch.ops.cllm_kernels.block_attention.default
