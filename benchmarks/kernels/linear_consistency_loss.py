@@ -132,7 +132,8 @@ def case(
     rows, width, vocabulary = shape
     unit = rows * width * vocabulary
     flop = (12 if loss.labelled else 8) * unit
-    chunk = automatic_chunk(rows, vocabulary, dtype, device)
+    wide = torch.float32 if device.type == "cpu" else dtype
+    chunk = automatic_chunk(rows, vocabulary, wide, device)
     moved = bytes_moved(*shape, itemsize(dtype), loss, chunk)
 
     def formula(student: Tensor, teacher: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

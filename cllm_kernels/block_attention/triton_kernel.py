@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels._triton import FUSION, device_of, tanh
 from cllm_kernels.block_attention import empty_output
-from cllm_kernels.linear_argmax.triton_kernel import tanh
 
 _APPEND_ROWS = 16  # tokens that one step of the append copies
 

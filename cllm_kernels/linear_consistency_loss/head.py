@@ -67,8 +67,18 @@ def add_product(
     total: Tensor,  # [V, H] float32, mutated
     left: Tensor,  # [V, R]
     right: Tensor,  # [R, H]
+    *,
+    first: bool = False,
 ) -> None:
-    """total += left @ right, summed and kept in fp32 whatever the operands' dtype."""
+    """total += left @ right, summed and kept in fp32 whatever the operands' dtype.
+
+    The first product is written, whatever total held: that spares a sweep of zeros.
+    """
+    if first and left.dtype is torch.float32:
+        torch.mm(left, right, out=total)
+        return
+    if first:
+        total.zero_()
     if left.dtype is torch.float32:
         total.addmm_(left, right)
     elif total.device.type == "cpu":

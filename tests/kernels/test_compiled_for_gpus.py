@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = 99 * 1024
 
 
+@pytest.mark.timeout(600)
 def test_every_triton_kernel_for_three_generations():
     if reason := _triton_reason():
         pytest.skip(reason)
