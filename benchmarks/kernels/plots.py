@@ -10,6 +10,7 @@ from benchmarks.kernels.show import size_text, time_text
 COLOURS = {"cllm": "#0b6e4f", "baseline": "#9aa5b1", "matmuls": "#d9a441"}
 LABELS = {"cllm": "cllm_kernels", "baseline": "alternatives", "matmuls": "matmuls alone"}
 COLUMNS = 2
+FAR = 12  # a factor between times that a linear axis still shows
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -21,12 +22,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     cases = [case for case in record["cases"] if any("ms" in one for one in case["variants"])]
-    rows = -(-len(cases) // COLUMNS)
+    columns = min(COLUMNS, len(cases))
+    rows = -(-len(cases) // columns)
     bars = max(sum("ms" in one for one in case["variants"]) for case in cases)
     figure, grid = pyplot.subplots(
         rows,
-        COLUMNS,
-        figsize=(14, rows * (0.34 * bars + 1.1) + 0.8),
+        columns,
+        figsize=(7 * columns, rows * (0.34 * bars + 1.1) + 0.8),
         squeeze=False,
         layout="constrained",
     )
@@ -47,7 +49,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def bars_of(panel: Any, case: dict[str, Any]) -> None:
-    """Median times on a logarithmic axis: variants may lie a factor of a hundred apart."""
+    """Median times, from zero, or on a logarithmic axis where they lie far apart."""
     entries = [entry for entry in case["variants"] if "ms" in entry]
     entries.sort(key=lambda entry: entry["ms"]["median"], reverse=True)
     times = [entry["ms"]["median"] for entry in entries]
@@ -64,8 +66,12 @@ def bars_of(panel: Any, case: dict[str, Any]) -> None:
         error_kw={"elinewidth": 1, "ecolor": "#333333"},
         height=0.72,
     )
-    panel.set_xscale("log")
-    panel.set_xlim(min(times) / 2.5, max(entry["ms"]["high"] for entry in entries) * 6)
+    longest = max(entry["ms"]["high"] for entry in entries)
+    if longest > FAR * min(times):
+        panel.set_xscale("log")
+        panel.set_xlim(min(times) / 2.5, longest * 6)
+    else:
+        panel.set_xlim(0, longest * 1.35)
     panel.set_yticks(places, [entry["name"] for entry in entries], fontsize=8)
     panel.set_xlabel("milliseconds", fontsize=8)
     panel.tick_params(axis="x", labelsize=8)
@@ -76,4 +82,11 @@ def bars_of(panel: Any, case: dict[str, Any]) -> None:
         text = time_text(entry["ms"]["median"])
         if memory is not None:
             text += f", {size_text(memory)}"
-        panel.text(entry["ms"]["high"] * 1.12, place, text, va="center", fontsize=8)
+        panel.annotate(
+            text,
+            (entry["ms"]["high"], place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
