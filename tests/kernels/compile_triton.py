@@ -49,7 +49,8 @@ def main(capabilities: list[int]) -> None:
     report = []
     # Without alignment loads differ, but hardly from one GPU to the next, and only kernels that
     # hold tiles have registers to lose by it.
-    targets = [(capabilities[0], False), *((capability, True) for capability in capabilities)]
+    targets = [(capability, True) for capability in capabilities]
+    targets += [(80, False)] if 80 in capabilities else []
     for capability, aligned in targets:
         for label, kernel, types, constants, launch in variants():
             if not aligned and "tiles" not in label:
