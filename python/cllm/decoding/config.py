@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from ..fill import Fill
+
 Mode = Literal["sliding", "block"]
-Fill = Literal["prompt", "last", "random", "pad"]
 Accept = Literal["all", "one"]
 
 

@@ -10,8 +10,8 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from .config import Accept, Fill, JacobiConfig, Mode
-from .fill import fill_table
+from ..fill import Fill, fill_table
+from .config import Accept, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from .config import Fill
+Fill = Literal["prompt", "last", "random", "pad"]
 
 
 def fill_table(

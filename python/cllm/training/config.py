@@ -1,0 +1,97 @@
+"""What a user can set about consistency training, validated where it is written down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Consistency = Literal["global", "local"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Teacher = Literal["self", "base", "ema"]
+Sampling = Literal["uniform", "per_block", "schedule"]
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Settings of consistency training (CLLM, arXiv 2403.00835, section 3.2).
+
+    With y a state on the trajectory of a block, y* its fixed point, q the student and p the teacher
+    (no gradient flows into it), per counted row i:
+
+        global  L_GC = D(p(. | y*_<i), q(. | y_<i))           (eq. 6)
+        local   L_LC = D(p(. | y'_<i), q(. | y_<i)), y' the state after y    (eq. 7)
+        loss    = mean over rows + ar_weight * mean cross-entropy of the response's own tokens
+
+    Rows count from the state's first wrong token on: before it, student and teacher see the same.
+
+    Attributes:
+        consistency: ``"global"`` or ``"local"``.
+        divergence: D: ``"forward_kl"`` KL(p || q), ``"reverse_kl"`` KL(q || p), or ``"jsd"``.
+        beta: the teacher's share of the mixture; ``"jsd"`` only.
+        temperature: of both distributions in D.
+        ar_weight: weight of the autoregressive loss (the paper's 10).
+        label_smoothing: of the autoregressive loss (the paper's code: 0.1).
+        teacher: ``"self"``, the model itself (the paper's stop-gradient); ``"base"``, the model as
+            it was before training (with LoRA: the adapter switched off, no second copy);
+            ``"ema"``, an exponential moving average of the weights.
+        ema_decay: of the ``"ema"`` teacher, per optimiser step.
+        sampling: which noisy states of a response are trained on: ``"uniform"``: `states` of all
+            its states, drawn alike; ``"per_block"``: `states` of every block;
+            ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over windows of
+            `schedule_window` blocks (arXiv 2512.14681).
+        states: states a response (``"uniform"``) or a block (the others).
+        schedule_window: blocks over which the share of wrong tokens goes from low to high.
+        chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
+        recompute: save memory by computing logits twice (`cllm_kernels.linear_consistency_loss`).
+
+    Raises:
+        ValueError: naming every field that has a bad value.
+    """
+
+    consistency: Consistency = "global"
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    ar_weight: float = 10.0
+    label_smoothing: float = 0.1
+    teacher: Teacher = "self"
+    ema_decay: float = 0.999
+    sampling: Sampling = "per_block"
+    states: int = 1
+    schedule_window: int = 4
+    chunk_tokens: int | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, choices in (
+            ("consistency", Consistency),
+            ("divergence", Divergence),
+            ("teacher", Teacher),
+            ("sampling", Sampling),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(repr(choice) for choice in get_args(choices))
+                problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        for name, good, text in (
+            ("beta", lambda x: 0 < x < 1, "lie between 0 and 1"),
+            ("temperature", lambda x: x > 0, "be positive"),
+            ("ar_weight", lambda x: x >= 0, "be 0 or more"),
+            ("label_smoothing", lambda x: 0 <= x < 1, "lie in [0, 1)"),
+            ("ema_decay", lambda x: 0 <= x < 1, "lie in [0, 1)"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and good(value)):
+                problems.append(f"{name} must {text}, not {value!r}")
+        for name in ("states", "schedule_window", "chunk_tokens"):
+            value = getattr(self, name)
+            if name == "chunk_tokens" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(f"{name} must be an integer >= 1, not {value!r}")
+        if not isinstance(self.recompute, bool):
+            problems.append(f"recompute must be True or False, not {self.recompute!r}")
+        if problems:
+            raise ValueError("ConsistencyConfig: " + "; ".join(problems))
