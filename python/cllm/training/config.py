@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Consistency = Literal["global", "local"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -38,8 +38,8 @@ class ConsistencyConfig:
         ema_decay: of the ``"ema"`` teacher, per optimiser step.
         sampling: which noisy states of a response are trained on: ``"uniform"``: `states` of all
             its states, drawn alike; ``"per_block"``: `states` of every block;
-            ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over windows of
-            `schedule_window` blocks (arXiv 2512.14681).
+            ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over
+            windows of `schedule_window` blocks (arXiv 2512.14681).
         states: states a response (``"uniform"``) or a block (the others).
         schedule_window: blocks over which the share of wrong tokens goes from low to high.
         chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
@@ -91,7 +91,8 @@ class ConsistencyConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name} must be an integer >= 1, not {value!r}")
-        if not isinstance(self.recompute, bool):
-            problems.append(f"recompute must be True or False, not {self.recompute!r}")
+        recompute: Any = self.recompute
+        if not isinstance(recompute, bool):
+            problems.append(f"recompute must be True or False, not {recompute!r}")
         if problems:
             raise ValueError("ConsistencyConfig: " + "; ".join(problems))
