@@ -1,0 +1,257 @@
+"""What is a trained consistency LLM worth on prompts it never saw, and what did it cost in quality?
+
+Every model decodes the held-out prompts of every task by Jacobi iteration. Its text is judged by
+the base model (negative log-likelihood), by itself (repetition), by the base's own text (agreement)
+and by the reference answers where there are any. Then all of them, and HuggingFace's greedy search,
+decode some of the prompts one by one, in turn, against the clock.
+
+    python benchmarks/training/held_out.py --tasks recipes/held_out.yaml \
+        --model "self, AR 10=runs/self-10/best_checkpoint" --work runs/held-out --record cpu
+
+What is done is kept in the folder --work, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cllm
+from cllm.answers import answer_accuracy
+from cllm.evaluation import (
+    DecodedText,
+    decode_texts,
+    encode_prompts,
+    negative_log_likelihoods,
+    summarise,
+)
+from cllm.files import write_atomically
+from cllm.training.collect.sources import Columns, Source, read_source
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import load, provenance, spread, write_record
+
+BASE = "base"
+_COLUMNS = ("prompt", "template", "id", "answer")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Held-out prompts of one kind.
+
+    Attributes:
+        prompts: token ids of each.
+        answers: reference texts that end on a number, or None where there are none.
+    """
+
+    name: str
+    prompts: list[list[int]]
+    answers: list[str] | None
+    max_new_tokens: int
+
+
+def read_tasks(path: Path, sources: dict[str, str], model: Any, tokenizer: Any) -> list[Task]:
+    """The tasks of a YAML file: name to the fields of `Source`, ``prompt`` or ``template``,
+    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from."""
+    import yaml
+
+    tasks = []
+    for name, given in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        fields = dict(given)
+        columns = {key: fields.pop(key) for key in _COLUMNS if key in fields}
+        most = fields.pop("max_new_tokens", 128)
+        fields["name"] = sources.get(name, fields.pop("source"))
+        answer = columns.pop("answer", None)
+        source = Source(**fields)
+        rows = read_source(source, Columns(**columns, response=answer))
+        prompts = encode_prompts(model, tokenizer, [row.prompt for row in rows])
+        answers = None if answer is None else [str(row.response) for row in rows]
+        tasks.append(Task(name, prompts, answers, most))
+    return tasks
+
+
+class Kept:
+    """Finished parts of the run on disk, each under a key of all that it depends on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / f"{name}-{digest}.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(make()).encode())
+        return json.loads(path.read_text())
+
+
+def weights_digest(model: Any) -> str:
+    """Names the weights, so that another model of the same folder is not taken for this one."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        flat = parameter.flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def trained(folder: str, base: Any) -> Any:
+    """The model in `folder`: a whole one, or adapters that are merged into a copy of the base."""
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload().eval()
+    return load(folder, "float32", "cpu")[0]
+
+
+def decoded(model: Any, tokenizer: Any, task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Texts of all prompts of a task, JSON-serialisable."""
+    start = time.perf_counter()
+    texts = decode_texts(
+        model, tokenizer, task.prompts, config=cllm.JacobiConfig(block_size=options.block_size),
+        max_new_tokens=task.max_new_tokens, batch_size=options.batch_size,
+    )  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - start,
+        "texts": [vars(text) for text in texts],
+    }
+
+
+def quality(
+    base: Any, tokenizer: Any, task: Task, mine: dict[str, Any], reference: dict[str, Any],
+    batch_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Speed and quality of one model's texts beside the base's."""
+    texts = [DecodedText(**text) for text in mine["texts"]]
+    references = [text["tokens"] for text in reference["texts"]]
+    responses = [text.tokens for text in texts]
+    own = negative_log_likelihoods(base, task.prompts, responses, batch_size)
+    base_own = negative_log_likelihoods(base, task.prompts, references, batch_size)
+    found = summarise(texts, references, own, base_own, mine["seconds"]).metrics()
+    if task.answers is not None:
+        written = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+        found["answer_accuracy"] = answer_accuracy(written, task.answers)
+    return found
+
+
+def speeds(
+    models: dict[str, Any], tokenizer: Any, task: Task, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens per second of every contender, prompt by prompt in turn."""
+    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    settings: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False}
+
+    def huggingface(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda ids: model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+    def jacobi(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda ids: cllm.generate(
+            model, ids, attention_mask=torch.ones_like(ids),
+            block_size=options.speed_block_size, **settings,
+        )  # fmt: skip
+
+    for name, model in models.items():
+        contenders[f"HuggingFace greedy, {name}"] = huggingface(model)
+        contenders[f"Jacobi, {name}"] = jacobi(model)
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    prompts = task.prompts[: options.speed_prompts]
+    for number, prompt in enumerate([prompts[0], *prompts]):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            tokens = run(torch.tensor([prompt])).shape[1] - len(prompt)
+            if number:  # the first one warms up
+                rates[name].append(tokens / (time.perf_counter() - start))
+    first = rates[f"HuggingFace greedy, {BASE}"]
+    return {
+        name: {
+            "tokens_per_second": spread(values),
+            "ratio_to_huggingface_base": spread(
+                [a / b for a, b in zip(values, first, strict=True)]
+            ),
+        }
+        for name, values in rates.items()
+    }
+
+
+def about(folder: str) -> dict[str, Any]:
+    """What the folder says of how the model was trained."""
+    path = Path(folder) / "cllm_recipe.json"
+    if not path.exists():
+        return {}
+    recipe = json.loads(path.read_text())
+    names = ("teacher", "ar_weight", "learning_rate", "lora_r", "consistency", "divergence")
+    return {
+        **{name: recipe["arguments"].get(name) for name in names},
+        "step": recipe["step"],
+        "trained": recipe["trained"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", help="folder or hub id; by default the demo's model")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--tasks", type=Path, required=True, help="YAML, see recipes/held_out.yaml")
+    parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--speed-prompts", type=int, default=12, help="prompts against the clock")
+    parser.add_argument("--speed-block-size", type=int, default=8, help="n against the clock")
+    parser.add_argument("--work", type=Path, required=True, help="keeps what is finished")
+    parser.add_argument("--record", metavar="FOLDER", help="folder in benchmarks/results/")
+    parser.add_argument("--name", default="cllm_held_out", help="the record's name")
+    options = parser.parse_args()
+    folders = dict(entry.rsplit("=", 1) for entry in options.model)
+
+    base, tokenizer = load(options.base, "float32", "cpu")
+    tokenizer.padding_side = "left"
+    models = {BASE: base, **{name: trained(folder, base) for name, folder in folders.items()}}
+    sources = dict(entry.split("=", 1) for entry in options.data)
+    tasks = read_tasks(options.tasks, sources, base, tokenizer)
+    kept = Kept(options.work)
+    results: dict[str, Any] = {}
+    for task in tasks:
+        rows: dict[str, Any] = {}
+        texts: dict[str, Any] = {}
+        for name, model in models.items():
+            key = [weights_digest(model), task.prompts, task.max_new_tokens, options.block_size]
+            texts[name] = kept.get(
+                f"texts-{task.name}",
+                key,
+                lambda model=model, task=task: decoded(model, tokenizer, task, options),
+            )
+            rows[name] = quality(
+                base, tokenizer, task, texts[name], texts[BASE], options.batch_size
+            )
+            print(f"{task.name}, {name}: {rows[name]['tokens_per_forward']:.3f} tokens a forward")
+        results[task.name] = {
+            "prompts": len(task.prompts),
+            "max_new_tokens": task.max_new_tokens,
+            "models": rows,
+            "speed": speeds(models, tokenizer, task, options) if options.speed_prompts else None,
+        }
+    record = {
+        "provenance": provenance("cpu"),
+        "base": options.base or "SmolLM2-135M-Instruct",
+        "block_size": options.block_size,
+        "speed_block_size": options.speed_block_size,
+        "models": {name: about(folder) for name, folder in folders.items()},
+        "tasks": results,
+    }
+    if options.record:
+        write_record(record, options.record, options.name)
+    else:
+        print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

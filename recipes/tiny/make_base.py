@@ -1,0 +1,165 @@
+"""Train a small byte-level language model on this repository's own text.
+
+It is the base of `make train-tiny`: a model that everybody can make in minutes, to be turned into a
+consistency LLM by `cllm collect` and `cllm train`. Besides the model's folder it writes prompts:
+beginnings of passages from files that the model learned (for collecting) and from files that it
+never saw (for evaluation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KINDS = (".py", ".md", ".cpp", ".h", ".cu")
+CONTEXT = 512  # bytes that the model's positions allow
+HELD_OUT = 10  # every tenth file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder for the model and the prompts")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=16, help="passages a step")
+    parser.add_argument("--passage", type=int, default=256, help="bytes of a passage")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=400, help="prompts to collect from")
+    parser.add_argument("--held-out", type=int, default=32, help="prompts to evaluate on")
+    parser.add_argument("--prompt-bytes", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    learned, unseen = texts()
+    tokenizer = byte_tokenizer()
+    model = train(tokenizer, learned, options)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    chooser = random.Random(options.seed)
+    for name, source, count in (
+        ("prompts", learned, options.prompts),
+        ("held_out", unseen, options.held_out),
+    ):
+        rows = beginnings(source, count, options.prompt_bytes, chooser)
+        lines = [json.dumps({"id": f"{name}-{i}", "prompt": row}) for i, row in enumerate(rows)]
+        (options.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """The repository's text files: those to learn from, and those held out."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    files = [REPOSITORY / name for name in sorted(listed) if name.endswith(KINDS)]
+    contents = [text for file in files if (text := file.read_text(encoding="utf-8")).strip()]
+    learned = [text for i, text in enumerate(contents) if i % HELD_OUT]
+    return learned, contents[::HELD_OUT]
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, and an end-of-text token that also pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<end>": 0, **{byte: index for index, byte in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        pad_token="<end>",
+        model_max_length=CONTEXT,
+        padding_side="left",
+    )
+
+
+def train(tokenizer: Any, learned: list[str], options: argparse.Namespace) -> Any:
+    """A Llama of a few layers, trained on random passages; returned in eval mode."""
+    import transformers as hf
+    from transformers.trainer_utils import set_seed
+
+    set_seed(options.seed)
+    end = tokenizer.eos_token_id
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=options.hidden,
+            intermediate_size=3 * options.hidden,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden // 32,
+            num_key_value_heads=options.hidden // 32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            eos_token_id=end,
+            pad_token_id=end,
+            bos_token_id=None,
+        )
+    )
+    stream = torch.tensor(
+        [token for text in learned for token in (*tokenizer(text)["input_ids"], end)]
+    )
+    passages = Passages(stream, options.passage, options.steps * options.batch_size, options.seed)
+    trainer = hf.Trainer(
+        model=model,
+        args=hf.TrainingArguments(
+            output_dir=str(options.output / "base-training"),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=options.steps // 20,
+            weight_decay=0.1,
+            logging_steps=max(options.steps // 10, 1),
+            save_strategy="no",
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            seed=options.seed,
+        ),
+        train_dataset=passages,
+    )
+    trainer.train()
+    return model.eval()
+
+
+class Passages(torch.utils.data.Dataset):
+    """`count` passages of `length` bytes from random places of `stream` [N]."""
+
+    def __init__(self, stream: torch.Tensor, length: int, count: int, seed: int):
+        self.stream, self.length = stream, length
+        generator = torch.Generator().manual_seed(seed)
+        self.starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = self.starts[index]
+        passage = self.stream[start : start + self.length]
+        return {"input_ids": passage, "labels": passage}
+
+
+def beginnings(source: list[str], count: int, width: int, chooser: random.Random) -> list[str]:
+    """`count` different passages of `width` characters, each from the start of a line."""
+    found: dict[str, None] = {}
+    texts = [text for text in source if len(text) > 4 * width]
+    while len(found) < count:
+        text = chooser.choice(texts)
+        start = text.find("\n", chooser.randrange(len(text) - 2 * width)) + 1
+        passage = text[start : start + width]
+        if len(passage) == width and passage.strip():
+            found[passage] = None
+    return list(found)
+
+
+if __name__ == "__main__":
+    main()
