@@ -1,9 +1,9 @@
 """Train a small byte-level language model on this repository's own text.
 
 It is the base of `make train-tiny`: a model that everybody can make in minutes, to be turned into a
-consistency LLM by `cllm collect` and `cllm train`. Besides the model's folder it writes prompts:
-beginnings of passages from files that the model learned (for collecting) and from files that it
-never saw (for evaluation).
+consistency LLM by `cllm collect` and `cllm train`. It learns its text by heart, which is what so
+small a model can do in minutes without repeating itself. Beside it lie prompts, the beginnings of
+passages: some to collect trajectories from, and others to evaluate on.
 """
 
 from __future__ import annotations
@@ -11,57 +11,56 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-KINDS = (".py", ".md", ".cpp", ".h", ".cu")
+TEXTS = ("LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 CONTEXT = 512  # bytes that the model's positions allow
-HELD_OUT = 10  # every tenth file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder for the model and the prompts")
-    parser.add_argument("--steps", type=int, default=700, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="passages a step")
+    parser.add_argument("--texts", nargs="+", default=TEXTS, help="files to learn, from the root")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="passages a step")
     parser.add_argument("--passage", type=int, default=256, help="bytes of a passage")
-    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=400, help="prompts to collect from")
+    parser.add_argument("--prompts", type=int, default=300, help="prompts to collect from")
     parser.add_argument("--held-out", type=int, default=32, help="prompts to evaluate on")
     parser.add_argument("--prompt-bytes", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    learned, unseen = texts()
+    text = read(options.texts)
     tokenizer = byte_tokenizer()
-    model = train(tokenizer, learned, options)
+    model = train(tokenizer, text, options)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    chooser = random.Random(options.seed)
-    for name, source, count in (
-        ("prompts", learned, options.prompts),
-        ("held_out", unseen, options.held_out),
+    passages = beginnings(text, options.prompts + options.held_out, options.prompt_bytes)
+    random.Random(options.seed).shuffle(passages)
+    for name, rows in (
+        ("held_out", passages[: options.held_out]),
+        ("prompts", passages[options.held_out :]),
     ):
-        rows = beginnings(source, count, options.prompt_bytes, chooser)
         lines = [json.dumps({"id": f"{name}-{i}", "prompt": row}) for i, row in enumerate(rows)]
         (options.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def texts() -> tuple[list[str], list[str]]:
-    """The repository's text files: those to learn from, and those held out."""
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    files = [REPOSITORY / name for name in sorted(listed) if name.endswith(KINDS)]
-    contents = [text for file in files if (text := file.read_text(encoding="utf-8")).strip()]
-    learned = [text for i, text in enumerate(contents) if i % HELD_OUT]
-    return learned, contents[::HELD_OUT]
+def read(patterns: list[str]) -> str:
+    """The repository's files of these names, one behind the other; ASCII, one byte a character."""
+    files = [file for pattern in patterns for file in sorted(REPOSITORY.glob(pattern))]
+    if not files:
+        raise SystemExit(f"no file of {REPOSITORY} is called {', '.join(patterns)}")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    # rules and indents are runs of one character: learned by heart, they teach repetition
+    return re.sub(r"([^\w\n])\1{2,}", r"\1\1", text.encode("ascii", "ignore").decode("ascii"))
 
 
 def byte_tokenizer() -> Any:
@@ -83,7 +82,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-def train(tokenizer: Any, learned: list[str], options: argparse.Namespace) -> Any:
+def train(tokenizer: Any, text: str, options: argparse.Namespace) -> Any:
     """A Llama of a few layers, trained on random passages; returned in eval mode."""
     import transformers as hf
     from transformers.trainer_utils import set_seed
@@ -105,9 +104,7 @@ def train(tokenizer: Any, learned: list[str], options: argparse.Namespace) -> An
             bos_token_id=None,
         )
     )
-    stream = torch.tensor(
-        [token for text in learned for token in (*tokenizer(text)["input_ids"], end)]
-    )
+    stream = torch.tensor(tokenizer(text)["input_ids"])
     passages = Passages(stream, options.passage, options.steps * options.batch_size, options.seed)
     trainer = hf.Trainer(
         model=model,
@@ -148,17 +145,17 @@ class Passages(torch.utils.data.Dataset):
         return {"input_ids": passage, "labels": passage}
 
 
-def beginnings(source: list[str], count: int, width: int, chooser: random.Random) -> list[str]:
-    """`count` different passages of `width` characters, each from the start of a line."""
-    found: dict[str, None] = {}
-    texts = [text for text in source if len(text) > 4 * width]
-    while len(found) < count:
-        text = chooser.choice(texts)
-        start = text.find("\n", chooser.randrange(len(text) - 2 * width)) + 1
-        passage = text[start : start + width]
-        if len(passage) == width and passage.strip():
-            found[passage] = None
-    return list(found)
+def beginnings(text: str, count: int, width: int) -> list[str]:
+    """The first `width` characters of `count` passages that start at words, evenly over the text.
+
+    Raises:
+        SystemExit: if the text is too short for so many that do not overlap.
+    """
+    stride = (len(text) - 4 * width) // count
+    if stride < width:
+        raise SystemExit(f"{len(text)} characters have no room for {count} prompts of {width}")
+    starts = [text.find(" ", number * stride) + 1 for number in range(count)]
+    return [text[start : start + width] for start in starts]
 
 
 if __name__ == "__main__":
