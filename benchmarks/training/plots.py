@@ -67,9 +67,10 @@ def bars_of(
             place = group + (number - (len(names) - 1) / 2) * height
             axis.barh(place, value * unit, height * 0.9, color=COLOURS[name])
             text = form.format(value * unit)
-            if name != "published" and theirs and value:
-                factor = value / theirs if field == "responses_per_second" else theirs / value
-                text += f"  ({factor:.1f} x {'more' if field[0] == 'r' else 'less'})"
+            if name in entry["gain"] and field == "responses_per_second":
+                text += f"  ({entry['gain'][name]['median']:.1f} x)"
+            elif name != "published" and value:
+                text += f"  (1 / {theirs / value:.1f})"
             axis.annotate(
                 text, (value * unit, place), xytext=(4, 0), textcoords="offset points",
                 va="center", fontsize=8,
