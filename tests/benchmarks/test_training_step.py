@@ -14,6 +14,15 @@ from cllm.training.packing import pack_sample
 TINY = ["--tiny", "--lengths", "12,24", "--block-size", "6", "--responses", "2", "--rounds", "3"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Ops of a few microseconds: waking a second thread for each takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def examples():
     model, prompts = responses.model_and_prompts(None, True, "float32", "cpu", 2)
