@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo test test-oldest test-gpu lint format bench bench-kernels clean
+.PHONY: demo test test-oldest test-gpu lint format bench bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,10 @@ BENCH_DEVICE ?= cpu
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python benchmarks/kernels/run_all.py --device $(BENCH_DEVICE)
 	$(BIN)/python benchmarks/kernels/report.py
+
+# about an hour on two cores, most of it the published algorithm's
+bench-step: $(VENV)/.ready
+	$(BIN)/python benchmarks/training/step.py --record cpu --plot docs/training_step_cpu.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info python/*.egg-info

@@ -83,7 +83,7 @@ def _find(cases: list[Case], case: str, variant: str) -> tuple[Case, Variant]:
     return found, next(entry for entry in found.variants if entry.name == variant)
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """VmRSS (now) or VmHWM (the most since it was last reset), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
@@ -106,13 +106,13 @@ def print_peak(
         _once(tiny.build(same_dtype[0].make_inputs(device)))
         inputs = found.make_inputs(device)
         gc.collect()
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         run = wanted.build(inputs)
         _once(run)  # compiles for this shape, where the variant compiles
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         results = _once(run)
-        peak = _resident("VmHWM") - before
+        peak = resident("VmHWM") - before
     notes = {f"peak_{name}": value for name, value in run.notes.items()}
     print(json.dumps(_entry(max(0, peak), results) | notes))
 

@@ -20,10 +20,18 @@ import torch
 
 import cllm_kernels
 from cllm_kernels._native import missing_reason
-from cllm_kernels.linear_consistency_loss import native
+from cllm_kernels.linear_consistency_loss import native, reference
 from cllm_kernels.linear_consistency_loss.chunk import Chunk, Stage
-from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, STATE_FIELDS, LossOptions
+from cllm_kernels.linear_consistency_loss.drivers import driven_by
+from cllm_kernels.linear_consistency_loss.options import (
+    DIVERGENCES,
+    STATE_FIELDS,
+    Gradients,
+    LossOptions,
+    Operands,
+)
 from tests.kernels.test_jacobi_step import NAMES, make
+from tests.kernels.test_linear_consistency_loss import Case
 
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent / "cuda_on_host"
@@ -181,6 +189,39 @@ def test_consistency_chunk_in_pieces(library, divergence):
     for side, wanted in enumerate((whole.student, whole.teacher)):
         found = torch.cat([pair[side] for pair in slopes], dim=1)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("pairing", [{"students": 2, "labels": True}, {"teacher_width": 12}])
+def test_consistency_loss_of_unlike_sides(library, divergence, recompute, pairing):
+    """Lone teachers, whose logits stand on both sides of the pass, and another model's teachers."""
+    case = Case.random(5, 70, 16, torch.float64, masked=True, bias=True, **pairing)
+    tensors = {"student": case.student, "teacher": case.teacher, "weight": case.weight}
+    tensors |= {"bias": case.bias, **case.options}
+    wanted = Gradients(True, "labels" in case.options, True, True)
+    options = LossOptions(divergence, 0.3, 2.0, 0.1, 3.0, 5.0, 2, recompute)
+
+    def in_place(chunk, options):
+        arguments = ConsistencyChunk(*native._arguments(chunk, options))
+        assert library.consistency_chunk(ctypes.byref(arguments)) == 0
+
+    def run(implementation, dtype):
+        operands = Operands(
+            *(
+                tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+                for tensor in (tensors.get(name) for name in Operands._fields)
+            )
+        )
+        found = implementation.losses(operands, options, wanted)
+        if not recompute:
+            return *found[:3], *found[3:7]
+        one = torch.ones((), dtype=dtype)
+        return *found[:3], *implementation.gradients(operands, options, wanted, found.state, one)
+
+    exact = run(reference.implementation, torch.float64)
+    for a, b in zip(run(driven_by(in_place), torch.float32), exact, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("mode", ["sliding", "block"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import cllm_kernels
 from cllm_kernels.linear_consistency_loss import OP, swept
 from cllm_kernels.linear_consistency_loss.chunk import Chunk
-from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
+from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions, Operands
 from cllm_kernels.linear_consistency_loss.reference import consistency_loss, divergence_rows
 from tests.kernels.backends import everywhere, running, slow_interpreter
 
@@ -28,17 +28,21 @@ def skip_what_the_interpreter_gets_wrong(backend, device, dtype):
 class Case:
     """Operands in float64, exactly representable in `dtype`, and the keyword arguments."""
 
-    student: torch.Tensor  # [M, H]
-    teacher: torch.Tensor  # [M, H]
+    student: torch.Tensor  # [S, H]
+    teacher: torch.Tensor  # [M, H]; with a head of its own [S, H2]
     weight: torch.Tensor  # [V, H]
     bias: torch.Tensor | None
     options: dict
 
     @staticmethod
     def random(
-        rows, vocabulary, width, dtype, *, bias=False, labels=False, masked=False, **options
-    ):
+        rows, vocabulary, width, dtype, *, bias=False, labels=False, masked=False, students=None,
+        teacher_width=None, **options,
+    ):  # fmt: skip
+        """`rows` teachers, of which the first `students` (None: all) have a student;
+        teacher_width: they belong to another model of this hidden width."""
         generator = torch.Generator().manual_seed(rows * 1000 + vocabulary + width)
+        students = rows if students is None else students
 
         def normal(*shape, size=1.0):
             return (size * torch.randn(*shape, generator=generator)).to(dtype).double()
@@ -47,17 +51,21 @@ class Case:
             options["labels"] = torch.randint(vocabulary, (rows,), generator=generator)
             options["labels"][::4] = -100
         if masked:
-            options["row_weights"] = torch.rand(rows, generator=generator)
+            options["row_weights"] = torch.rand(students, generator=generator)
             options["row_weights"][1::3] = 0.0
         teacher = normal(rows, width)
         # A student near its teacher, as in training: the divergence is a small difference.
-        student = (teacher + 0.3 * normal(rows, width)).to(dtype).double()
+        student = (teacher[:students] + 0.3 * normal(students, width)).to(dtype).double()
         weight = normal(vocabulary, width, size=2 / width**0.5)
+        if teacher_width:
+            teacher = normal(rows, teacher_width)
+            options["teacher_weight"] = normal(vocabulary, teacher_width, size=2 / width**0.5)
+            options["teacher_bias"] = normal(vocabulary) if bias else None
         return Case(student, teacher, weight, normal(vocabulary) if bias else None, options)
 
     def run(self, function, dtype, device="cpu"):
         """[loss, consistency, ar and the gradients of student, teacher, weight, bias], on the CPU
-        in float64; what gets no gradient counts as zeros."""
+        in float64; what gets no gradient counts as zeros. None may reach the teacher's head."""
         tensors = [self.student, self.teacher, self.weight, self.bias]
         leaves = [
             None if t is None else t.to(device, dtype, copy=True).requires_grad_() for t in tensors
@@ -65,9 +73,15 @@ class Case:
         options = {
             k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()
         }
-        losses = function(*leaves[:3], bias=leaves[3], **options)
+        others = {
+            k: v.to(dtype, copy=True).requires_grad_()
+            for k, v in options.items()
+            if k in ("teacher_weight", "teacher_bias") and v is not None
+        }
+        losses = function(*leaves[:3], bias=leaves[3], **options | others)
         if losses[0].requires_grad:
             losses[0].backward()
+        assert all(tensor.grad is None for tensor in others.values())
         gradients = [
             torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None
         ]
@@ -81,33 +95,41 @@ def loss_options(
     return LossOptions(divergence, beta, temperature, label_smoothing, ar_weight, softcap, 0, False)
 
 
-def by_autograd(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
+def by_autograd(
+    student, teacher, weight, *, bias=None, teacher_weight=None, teacher_bias=None, labels=None,
+    row_weights=None, **options,
+):  # fmt: skip
     """The definition, its gradients by autograd."""
-    return consistency_loss(
-        student, teacher, weight, bias, labels, row_weights, loss_options(**options)
+    operands = Operands(
+        student, teacher, weight, bias, teacher_weight, teacher_bias, labels, row_weights
     )
+    return consistency_loss(operands, loss_options(**options))
 
 
-def same_dtype(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
+def same_dtype(
+    student, teacher, weight, *, bias=None, teacher_weight=None, teacher_bias=None, labels=None,
+    row_weights=None, **options,
+):  # fmt: skip
     """What one writes in plain torch: logits in the operands' dtype, the losses from fp32."""
     numbers = loss_options(**options)
 
-    def logits(hidden):
+    def logits(hidden, weight, bias):
         scores = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype)).float()
         cap = numbers.softcap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
-    clean = logits(teacher)
+    other = (weight, bias) if teacher_weight is None else (teacher_weight, teacher_bias)
+    clean = logits(teacher, *other)
     rows = divergence_rows(
-        logits(student) / numbers.temperature,
-        clean.detach() / numbers.temperature,
+        logits(student, weight, bias) / numbers.temperature,
+        clean[: len(student)].detach() / numbers.temperature,
         numbers.divergence,
         numbers.beta,
     )
     weights = torch.ones_like(rows) if row_weights is None else row_weights
-    consistency = (weights * rows).sum() / weights.sum()
+    consistency = (weights * rows).sum() / weights.sum() if len(rows) else torch.zeros(())
     ar = torch.zeros(())
-    if labels is not None and labels.max() >= 0:
+    if labels is not None and (labels >= 0).any():
         ar = F.cross_entropy(clean, labels, label_smoothing=numbers.label_smoothing)
     return consistency + numbers.ar_weight * ar, consistency, ar
 
@@ -122,7 +144,7 @@ def check(case, dtype, device, **extra):
         lambda *a, **k: cllm_kernels.linear_consistency_loss(*a, **k, **extra), dtype, device
     )
     assert len(found) == len(exact)
-    hidden = torch.cat([case.student, case.teacher]).norm()
+    hidden = torch.cat([case.student.flatten(), case.teacher.flatten()]).norm()
     reach = [16.0] * 3 + [case.weight.norm()] * 2 + [hidden, 1.0]
     for place, (wanted, usual, mine) in enumerate(zip(exact, torch_own, found, strict=True)):
         kind = torch.float32 if place < 3 else dtype

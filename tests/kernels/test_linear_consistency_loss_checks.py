@@ -39,6 +39,40 @@ def test_gradcheck(function, divergence):
     assert torch.autograd.gradcheck(autoregressive, leaves[1:])
 
 
+@pytest.mark.parametrize("function", [by_autograd, cllm_kernels.linear_consistency_loss])
+def test_gradcheck_of_teachers_without_students(function):
+    case = Case.random(
+        5, 9, 4, torch.float64, students=2, bias=True, labels=True, label_smoothing=0.1, softcap=3.0
+    )
+
+    def consistency(student):
+        return function(student, case.teacher, case.weight, bias=case.bias, **case.options)[0]
+
+    def autoregressive(teacher, weight, bias):
+        options = case.options | {"row_weights": torch.zeros(2)}
+        return function(case.student, teacher, weight, bias=bias, **options)[0]
+
+    leaves = [t.requires_grad_() for t in (case.student, case.teacher, case.weight, case.bias)]
+    assert torch.autograd.gradcheck(consistency, leaves[:1])
+    assert torch.autograd.gradcheck(autoregressive, leaves[1:])
+
+
+@pytest.mark.parametrize("function", [by_autograd, cllm_kernels.linear_consistency_loss])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck_with_another_models_teacher(function, divergence):
+    """Here the teacher is a constant, so that all derivatives are the definition's own."""
+    case = Case.random(
+        4, 9, 5, torch.float64, teacher_width=3, bias=True, masked=True, divergence=divergence,
+        beta=0.3, temperature=1.5, softcap=3.0,
+    )  # fmt: skip
+
+    def loss(student, weight, bias):
+        return function(student, case.teacher, weight, bias=bias, **case.options)[0]
+
+    leaves = [t.requires_grad_() for t in (case.student, case.weight, case.bias)]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_twice_and_scaled(recompute):
     case = Case.random(5, 60, 16, torch.float32, labels=True)
@@ -72,15 +106,25 @@ def test_local_consistency_is_another_teacher():
     torch.testing.assert_close(found[1], rows.mean(), rtol=1e-5, atol=0)
 
 
+# Every teacher with its student; some without; another model's.
+PAIRINGS = [{"labels": True}, {"labels": True, "students": 2}, {"teacher_width": 12}]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_opcheck(recompute):
-    case = Case.random(5, 40, 8, torch.float32, bias=True, labels=True, masked=True)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_opcheck(recompute, pairing):
+    case = Case.random(5, 40, 8, torch.float32, bias=True, masked=True, **pairing)
     tensors = [case.student, case.teacher, case.weight, case.bias]
     leaves = [t.float().requires_grad_() for t in tensors]
+    others = [case.options.get(name) for name in ("teacher_weight", "teacher_bias")]
+    others = [None if t is None else t.float() for t in others]
+    if others[0] is not None:
+        leaves[1] = leaves[1].detach()
     numbers = loss_options(divergence="jsd", temperature=2.0, softcap=3.0)
     numbers = numbers._replace(recompute=recompute)
     arguments = (
-        *leaves, case.options["labels"], case.options["row_weights"], *numbers, *[True] * 4,
+        *leaves, *others, case.options.get("labels"), case.options["row_weights"], *numbers,
+        True, others[0] is None, True, True,
     )  # fmt: skip
     ops = torch.ops.cllm_kernels
     torch.library.opcheck(ops.linear_consistency_loss.default, arguments)
@@ -93,8 +137,10 @@ def test_opcheck(recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_without_a_graph_break(backend, recompute):
-    case = Case.random(6, 90, 16, torch.float32, labels=True, masked=True, bias=True)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_compiled_without_a_graph_break(backend, recompute, pairing):
+    torch._dynamo.reset()  # all cases are one function to it, and it compiles one only so often
+    case = Case.random(6, 90, 16, torch.float32, masked=True, bias=True, **pairing)
 
     def loss(*tensors, **options):
         hidden, *rest = tensors
@@ -133,8 +179,56 @@ def test_float64_runs_on_the_reference_alone():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"student": torch.zeros(2, 3, 4)}, ValueError, r"student must be \[M, H\], not \[2, 3, 4"),
-        ({"teacher": torch.zeros(3, 8)}, ValueError, r"student's shape \[2, 8\], not \[3, 8\]"),
+        ({"student": torch.zeros(2, 3, 4)}, ValueError, r"student must be \[S, H\], not \[2, 3, 4"),
+        ({"teacher": torch.zeros(8)}, ValueError, r"teacher must be \[M, H\], not \[8\]"),
+        ({"teacher": torch.zeros(1, 8)}, ValueError, r"each of student \[2, 8\], not \[1, 8\]"),
+        (
+            {"teacher": torch.zeros(3, 8)},
+            ValueError,
+            r"teacher \[3, 8\] has rows without a student \[2, 8\]; .*: pass labels",
+        ),
+        (
+            {"teacher": torch.zeros(2, 9)},
+            ValueError,
+            r"teacher must be \[M, 8\].*not \[2, 9\]; .*need its teacher_weight",
+        ),
+        (
+            {"teacher": torch.zeros(2, 9), "teacher_weight": torch.zeros(5, 8)},
+            ValueError,
+            r"teacher_weight must be \[5, 9\].*not \[5, 8\]",
+        ),
+        ({"teacher_weight": torch.zeros(4, 8)}, ValueError, r"must be \[5, 8\].*not \[4, 8\]"),
+        (
+            {"teacher": torch.zeros(3, 8), "teacher_weight": torch.zeros(5, 8)},
+            ValueError,
+            r"teacher with teacher_weight must have as many rows as student \[2, 8\], not \[3, 8",
+        ),
+        (
+            {"teacher_weight": torch.zeros(5, 8), "labels": torch.zeros(2).long()},
+            ValueError,
+            "labels with teacher_weight: .*call once more without",
+        ),
+        ({"teacher_bias": torch.zeros(5)}, ValueError, "teacher_bias without teacher_weight"),
+        (
+            {"teacher_weight": torch.zeros(5, 8), "teacher_bias": torch.zeros(4)},
+            ValueError,
+            r"teacher_bias must be \[5\], one entry per row of weight, not \[4\]",
+        ),
+        (
+            {"teacher_weight": torch.zeros(5, 8).half()},
+            TypeError,
+            "teacher_weight is float16 but student is float32",
+        ),
+        (
+            {"teacher_weight": torch.zeros(5, 8), "teacher_bias": torch.zeros(5).long()},
+            TypeError,
+            "teacher_bias must be float32 or float32, not int64",
+        ),
+        (
+            {"teacher_weight": torch.zeros(5, 8, device="meta")},
+            ValueError,
+            "teacher_weight is on meta but student is on cpu",
+        ),
         ({"weight": torch.zeros(5, 9)}, ValueError, r"weight must be \[V, 8\].*\[2, 8\].*\[5, 9\]"),
         ({"weight": torch.zeros(0, 8)}, ValueError, "V >= 1"),
         ({"weight": torch.zeros(5, 8).half()}, TypeError, "weight is float16 but student is float"),
