@@ -1,6 +1,6 @@
 """Patch a model instance so that its own ``generate`` decodes by Jacobi iteration.
 
-This is the only place that touches a model: one instance attribute, ``generate``, which hides the
+Of decoding, this is the only place that touches a model: one instance attribute, ``generate``, which hides the
 method of the class and is taken away again.
 """
 
