@@ -118,9 +118,7 @@ def test_workers_of_a_data_loader(tmp_path):
     data = load_trajectories(tmp_path)
     assert data[3] == examples[3]  # so that files are open when it is pickled
     assert pickle.loads(pickle.dumps(data))[21] == examples[21]
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=6, num_workers=2, collate_fn=list, multiprocessing_context="spawn"
-    )
+    loader = torch.utils.data.DataLoader(data, batch_size=6, num_workers=2, collate_fn=list)
     assert [row for batch in loader for row in batch] == examples
 
 
