@@ -1,25 +1,28 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cllm.training.store import load_trajectories
 
-from .harness import PROMPTS, start, write_prompts
+from .harness import PROMPTS, environment, write_prompts
 
 pytest.importorskip("pyarrow")
 
 # the tiny model repeats itself as it likes
+MANY = [
+    f"{text} {word}"
+    for word in ("once", "twice", "more", "a", "b", "c", "d", "e")
+    for text in PROMPTS
+][:180]
 NO_FILTERS = ("--max-cycle", 1, "--max-repeated-ngrams", 1, "--max-repeated-sentences", 1)
 SMALL = ("--max-new-tokens", 24, "--block-size", 8, "--shard-size", 3, *NO_FILTERS)
 
@@ -105,47 +108,69 @@ def test_engines_and_batches_give_the_same_files(collect, whole, tmp_path):
     assert files(tmp_path / "a") == files(tmp_path / "b") == files(whole)
 
 
-def test_killed_and_interrupted_and_continued(collect, whole, tmp_path, model_folder, prompts_file):
-    output = tmp_path / "out"
-    options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
+# Loads everything once, then starts a run, lets it go on for a while and ends it, many times over.
+_ENDED_EARLY = """
+import os, signal, sys, time
+import torch, transformers
+import cllm.cli, cllm.responders, cllm.training.collect.runner
+torch.set_num_threads(1)  # a fork has no other threads
+*options, errors, moments = sys.argv[1:]
+for number, moment in enumerate(moments.split(",")):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os._exit(cllm.cli.main(options))
+    time.sleep(float(moment))
+    os.kill(child, signal.SIGINT if moment == moments.split(",")[-1] else signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    print(code, len([n for n in os.listdir(options[-1] + "/progress") if n.startswith("0")]))
+"""
+
+
+def test_ended_at_random_moments_and_continued(collect, whole, tmp_path, model_folder):
+    """Killed seven times, interrupted once, then left to finish."""
+    output, errors = tmp_path / "out", tmp_path / "errors"
+    many = write_prompts(tmp_path / "many.jsonl", MANY)
+    options = ("--model", model_folder, "--prompts", many, *SMALL, "--output", output)
     generator = random.Random(5)
-    kept = 0
-    for sign in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
-        process = start("collect", *options)
-        deadline = time.monotonic() + 100
-        while finished(output) == kept:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(sign)
-        _, err = process.communicate(timeout=60)
-        assert finished(output) > kept
-        kept = finished(output)
-        assert not (output / "manifest.json").exists()
-        for name, content in files(output).items():
-            assert content == files(whole)[name]
-    assert process.returncode == 130 and "Traceback" not in err
-    assert err.splitlines()[-1] == (
-        f"cllm: interrupted: {kept} of 8 shards are in {output}; run the same command to continue"
+    moments = [f"{generator.uniform(0.2, 0.9):.3f}" for _ in range(8)]
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDED_EARLY, "collect", *map(str, options), errors,
+         ",".join(moments)],
+        capture_output=True, text=True, env=environment(), timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ends = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    counts = [count for _, count in ends]
+    # nothing finished was lost, and something was going on when the end came
+    assert counts == sorted(counts) and len(set(counts)) > 2 and counts[-1] < 60
+    assert [code for code, _ in ends] == [-signal.SIGKILL] * 7 + [130]
+    assert errors.read_text().splitlines()[-1] == (
+        f"cllm: interrupted: {counts[-1]} of 60 shards are in {output}; "
+        "run the same command to continue"
     )
+    assert not (output / "manifest.json").exists()
     (output / "part-00007.parquetxyz.part").write_bytes(b"half a file")
-    result = collect(output)
-    assert result.code == 0 and f"continuing: {kept} of 8 shards are there" in result.err
-    assert rows(output) == rows(whole)
-    assert sorted(path.name for path in output.iterdir()) == sorted(
-        path.name for path in whole.iterdir()
-    )
-    assert files(output) == files(whole)
+    result = collect(output, "--prompts", many)
+    assert result.code == 0
+    assert f"continuing: {counts[-1]} of 60 shards are there" in result.err
+    assert not list(output.glob("**/*.part"))
+    again = tmp_path / "again"
+    assert collect(again, "--prompts", many).code == 0
+    assert files(output) == files(again)
+    assert rows(output) == rows(again)
+    assert {example.id for example in rows(output)} == {str(number) for number in range(180)}
 
 
 def test_two_processes_give_the_same_files(whole, tmp_path, model_folder, prompts_file):
     output = tmp_path / "out"
     options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    roots = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")]
     done = subprocess.run(
         [sys.executable, *map(str, command), "-m", "cllm.cli", "collect", *map(str, options)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*roots, os.environ["PYTHONPATH"]])},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=100,
