@@ -89,7 +89,9 @@ def collect(
             prompts=len(members),
             shard=shard,
             dropped=dict(result.dropped),
-            statistics=CollectionStatistics.of(result.examples).to_json(),
+            statistics=replace(
+                CollectionStatistics.of(result.examples), mismatches=result.counts["near_ties"]
+            ).to_json(),
             counts=dict(result.counts),
             longest=max((len(example.response) for example in result.examples), default=0),
             seconds=result.seconds,
