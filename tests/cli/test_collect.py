@@ -18,11 +18,6 @@ from .harness import PROMPTS, environment, write_prompts
 pytest.importorskip("pyarrow")
 
 # the tiny model repeats itself as it likes
-MANY = [
-    f"{text} {word}"
-    for word in ("once", "twice", "more", "a", "b", "c", "d", "e")
-    for text in PROMPTS
-][:180]
 NO_FILTERS = ("--max-cycle", 1, "--max-repeated-ngrams", 1, "--max-repeated-sentences", 1)
 SMALL = ("--max-new-tokens", 24, "--block-size", 8, "--shard-size", 3, *NO_FILTERS)
 
@@ -135,39 +130,41 @@ for number, moment in enumerate(moments):
 """
 
 
-def test_ended_at_random_moments_and_continued(collect, whole, tmp_path, model_folder):
-    """Killed seven times, interrupted once, then left to finish."""
+def test_ended_at_random_moments_and_continued(
+    collect, whole, tmp_path, model_folder, prompts_file
+):
+    """Killed five times, interrupted once, then left to finish."""
     output, errors = tmp_path / "out", tmp_path / "errors"
-    many = write_prompts(tmp_path / "many.jsonl", MANY)
-    options = ("--model", model_folder, "--prompts", many, *SMALL, "--output", output)
+    small = (*SMALL, "--shard-size", 1)
+    options = ("--model", model_folder, "--prompts", prompts_file, *small, "--output", output)
     generator = random.Random(5)
-    moments = [f"{generator.uniform(0, 0.2):.4f}" for _ in range(8)]
+    moments = [f"{generator.uniform(0, 0.2):.4f}" for _ in range(6)]
     done = subprocess.run(
         [sys.executable, "-c", _ENDED_EARLY, "collect", *map(str, options), errors,
          ",".join(moments)],
-        capture_output=True, text=True, env=environment(), timeout=100,
+        capture_output=True, text=True, env=environment(), timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ends = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     counts = [count for _, count in ends]
     # every run went on where the one before had ended, and none came to its end
-    assert counts == sorted(set(counts)) and counts[-1] < 60
-    assert [code for code, _ in ends] == [-signal.SIGKILL] * 7 + [130]
+    assert counts == sorted(set(counts)) and counts[-1] < 24
+    assert [code for code, _ in ends] == [-signal.SIGKILL] * 5 + [130]
     assert errors.read_text().splitlines()[-1] == (
-        f"cllm: interrupted: {counts[-1]} of 60 shards are in {output}; "
+        f"cllm: interrupted: {counts[-1]} of 24 shards are in {output}; "
         "run the same command to continue"
     )
     assert not (output / "manifest.json").exists()
     (output / "part-00007.parquetxyz.part").write_bytes(b"half a file")
-    result = collect(output, "--prompts", many)
+    result = collect(output, small=small)
     assert result.code == 0
-    assert f"continuing: {counts[-1]} of 60 shards are there" in result.err
+    assert f"continuing: {counts[-1]} of 24 shards are there" in result.err
     assert not list(output.glob("**/*.part"))
     again = tmp_path / "again"
-    assert collect(again, "--prompts", many).code == 0
+    assert collect(again, small=small).code == 0
     assert files(output) == files(again)
     assert rows(output) == rows(again)
-    assert {example.id for example in rows(output)} == {str(number) for number in range(180)}
+    assert rows(output) == rows(whole)
 
 
 def test_two_processes_give_the_same_files(whole, tmp_path, model_folder, prompts_file):
