@@ -151,10 +151,13 @@ def measure(
     apart = differing(parallel, plain)
     if apart and model.dtype == torch.float32:
         raise SystemExit(f"{apart} blocks' trajectories differ from the sequential definition's")
-    baseline = [min(pair) for pair in zip(seconds["sequential"], seconds["decoding"], strict=True)]
-    ratios = [
-        theirs / ours for theirs, ours in zip(baseline, seconds["block_parallel"], strict=True)
-    ]
+    gains = {
+        name: [
+            theirs / ours
+            for theirs, ours in zip(seconds[name], seconds["block_parallel"], strict=True)
+        ]
+        for name in ("sequential", "decoding")
+    }
     states = [states for row in parallel for states in row]
     return {
         "responses": len(prompts),
@@ -168,7 +171,7 @@ def measure(
             name: len(prompts) * tokens / spread(values)["median"]
             for name, values in seconds.items()
         },
-        "gain_over_the_faster_sequential": spread(ratios),
+        "gain_over": {name: spread(ratios) for name, ratios in gains.items()},
     }
 
 
@@ -221,15 +224,16 @@ def show(record: dict[str, Any]) -> None:
         f"{record['response_tokens']} tokens, {record['device']}"
     )
     names = ("block_parallel", "sequential", "decoding")
-    columns = ("responses", "block-parallel, s", "one by one, s", "block decoding, s", "gain")
+    columns = ("responses", "block-parallel, s", "one by one, s", "batched decoding, s")
+    columns += ("gain over one by one", "over decoding")
     for column in columns:
         table.add_column(column, justify="right")
     for batch in record["batches"]:
-        gain = batch["gain_over_the_faster_sequential"]
+        gains = [batch["gain_over"][name] for name in ("sequential", "decoding")]
         table.add_row(
             str(batch["responses"]),
             *(f"{batch['seconds'][name]['median']:.1f}" for name in names),
-            f"{gain['median']:.2f} x ({gain['low']:.2f}-{gain['high']:.2f})",
+            *(f"{gain['median']:.2f} x ({gain['low']:.2f}-{gain['high']:.2f})" for gain in gains),
         )
     Console().print(table)
 
