@@ -57,7 +57,7 @@ def _lines(manifest: Manifest, seconds: float) -> list[tuple[str, str, str]]:
     if work:
         speed = figures.response_tokens / work
         stages = ", ".join(f"{stage} {_duration(value)}" for stage, value in spent.items())
-        rows.append(("tokens/s", f"{speed:,.0f}", "response tokens, in one process"))
+        rows.append(("tokens/s", f"{speed:,.1f}", "response tokens, in one process"))
         rows.append(("work", _duration(work), stages))
     rows.append(("this run", _duration(seconds), ""))
     return rows
