@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -133,12 +134,12 @@ for number, moment in enumerate(moments):
 def test_ended_at_random_moments_and_continued(
     collect, whole, tmp_path, model_folder, prompts_file
 ):
-    """Killed five times, interrupted once, then left to finish."""
+    """Killed three times, interrupted once, then left to finish."""
     output, errors = tmp_path / "out", tmp_path / "errors"
     small = (*SMALL, "--shard-size", 1)
     options = ("--model", model_folder, "--prompts", prompts_file, *small, "--output", output)
     generator = random.Random(5)
-    moments = [f"{generator.uniform(0, 0.2):.4f}" for _ in range(6)]
+    moments = [f"{generator.uniform(0, 0.2):.4f}" for _ in range(4)]
     done = subprocess.run(
         [sys.executable, "-c", _ENDED_EARLY, "collect", *map(str, options), errors,
          ",".join(moments)],
@@ -149,7 +150,7 @@ def test_ended_at_random_moments_and_continued(
     counts = [count for _, count in ends]
     # every run went on where the one before had ended, and none came to its end
     assert counts == sorted(set(counts)) and counts[-1] < 24
-    assert [code for code, _ in ends] == [-signal.SIGKILL] * 5 + [130]
+    assert [code for code, _ in ends] == [-signal.SIGKILL] * 3 + [130]
     assert errors.read_text().splitlines()[-1] == (
         f"cllm: interrupted: {counts[-1]} of 24 shards are in {output}; "
         "run the same command to continue"
@@ -237,6 +238,17 @@ def test_foreign_and_damaged_shards(collect, whole, tmp_path):
     error = collect(output).error
     assert "part-00003.parquet is damaged" in error and "delete it" in error
     damaged.unlink()
+    record = output / "progress" / "00005.json"
+    content = record.read_bytes()
+    record.write_bytes(content[:40])
+    error = collect(output).error
+    assert "00005.json is damaged" in error and "delete it" in error
+    record.write_bytes(content)
+    run_file = output / "progress" / "run.json"
+    content = run_file.read_bytes()
+    run_file.write_bytes(b"{}")
+    assert "run.json is damaged; use --overwrite" in collect(output).error
+    run_file.write_bytes(content)
     result = collect(output)
     assert result.code == 0 and "continuing: 7 of 8" in result.err
     assert files(output) == files(whole)
@@ -334,6 +346,49 @@ def test_brought_responses(run, whole, tmp_path, model_folder):
     assert result.code == 0 and len(rows(tmp_path / "four")) == 20
     result = bring("foreign", lambda example: [99999])
     assert result.code == 2 and "the token id 99999, but the model's vocabulary" in result.error
+
+
+def test_prompts_from_columns_with_few_shot_and_holdout(run, tmp_path, model_folder):
+    from transformers import AutoTokenizer
+
+    data = tmp_path / "data.jsonl"
+    lines = [
+        {"db": f"db{number % 4}", "schema": f"t{number % 4}", "question": text}
+        for number, text in enumerate(PROMPTS[:8])
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text(json.dumps({"schema": "s", "question": "q", "answer": "a"}))
+    options = ("--model", model_folder, "--prompts", data, "--prompt-template",
+               r"{schema}\nQuestion: {question}", "--few-shot", shots, "--system", "sql",
+               "--holdout-by", "db", "--holdout-share", 0.5, *SMALL)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    found = []
+    for take in ("train", "holdout"):
+        output = tmp_path / take
+        assert run("collect", *options, "--output", output, "--take", take).code == 0
+        found += rows(output)
+    assert sorted(tokenizer.decode(example.prompt) for example in found) == sorted(
+        "<system>sql<end><user>s\nQuestion: q<end><assistant>a<end>"
+        f"<user>{line['schema']}\nQuestion: {line['question']}<end><assistant>"
+        for line in lines
+    )
+    groups = [{int(example.id) % 4 for example in rows(tmp_path / t)} for t in ("train", "holdout")]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(collect, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert "not writable" in collect(locked).error
+
+
+def test_output_that_is_a_file(collect, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("here first")
+    assert "is a file; name a folder" in collect(file).error
+    assert file.read_text() == "here first"
 
 
 def test_dropped_rows_are_counted(run, tmp_path, model_folder):
