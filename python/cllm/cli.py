@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import demo, generate, info, report
+from .commands import collect, demo, generate, info, report
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("collect")(collect.collect)
 app.command("info")(info.info)
 app.command("report")(report.report)
 
