@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+from ..traits import CHUNKED, SLIDING
 
 
 @dataclass(frozen=True)

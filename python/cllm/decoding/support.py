@@ -9,12 +9,8 @@ from typing import Any
 
 import torch
 
+from ..traits import UnsupportedModelError, mask_kinds
 from .attention import chosen_implementation
-from .masks import CHUNKED, FULL, SLIDING
-
-
-class UnsupportedModelError(ValueError):
-    """The model cannot be decoded by Jacobi iteration; the message says why."""
 
 
 class UnsupportedOptionError(ValueError):
@@ -57,7 +53,6 @@ class ModelTraits:
     prefer_right_aligned: bool
 
 
-_ATTENTION_TYPES = (FULL, SLIDING, CHUNKED)
 _ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "cllm")
 
 
@@ -92,7 +87,7 @@ def check_model(model: Any) -> ModelTraits:
             f"{name} uses attn_implementation={implementation!r}, which takes no mask per row; "
             "call model.set_attn_implementation('sdpa') first"
         )
-    kinds = _mask_kinds(name, text)
+    kinds = mask_kinds(name, text)
     context = getattr(text, "max_position_embeddings", None)
     has_rope = any(
         getattr(text, key, None) is not None
@@ -149,29 +144,6 @@ def _check_not_prompt_tuned(model: Any) -> None:
                 f"the active PEFT adapter ({peft.peft_type}) prepends learned virtual tokens, "
                 "which Jacobi decoding does not feed; merge it or use a LoRA-like adapter"
             )
-
-
-def _mask_kinds(name: str, text: Any) -> dict[str, int | None]:
-    window = getattr(text, "sliding_window", None)
-    chunk = getattr(text, "attention_chunk_size", None)
-    types = getattr(text, "layer_types", None)
-    if types is None:
-        types = [SLIDING if window is not None else CHUNKED if chunk is not None else FULL]
-    # Mixture and MLP layers appear among the layer types of some models; they need no mask
-    used = {kind for kind in types if kind not in ("moe", "mlp", "sparse", "dense")}
-    unknown = used - set(_ATTENTION_TYPES)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(sorted(unknown))}; Jacobi decoding knows "
-            f"{', '.join(_ATTENTION_TYPES)}"
-        )
-    sizes = {FULL: None, SLIDING: window, CHUNKED: chunk}
-    for kind in used:
-        if kind != FULL and sizes[kind] is None:
-            raise UnsupportedModelError(
-                f"{name} has layers of type {kind}, but its config gives no size for them"
-            )
-    return {kind: sizes[kind] for kind in _ATTENTION_TYPES if kind in used}
 
 
 def model_device(model: Any) -> torch.device:

@@ -1,0 +1,73 @@
+"""What decoding and training both must know of a model: what it is wrapped in, which keys its
+layers may attend to. Found out from the model, not from a list of class names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+_ATTENTION_TYPES = (FULL, SLIDING, CHUNKED)
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be decoded, or trained, this way; the message says why."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside of PEFT, DistributedDataParallel and `torch.compile`.
+
+    Raises:
+        UnsupportedModelError: if the active adapter prepends virtual tokens, which a forward past
+            the wrapper would leave out.
+    """
+    while True:
+        peft = getattr(model, "active_peft_config", None)
+        if peft is not None and getattr(peft, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"the active PEFT adapter ({peft.peft_type}) prepends learned virtual tokens, "
+                "which are not fed here; use a LoRA-like adapter"
+            )
+        children = getattr(model, "_modules", {})
+        if callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()
+        elif "_orig_mod" in children:
+            model = children["_orig_mod"]
+        elif set(children) == {"module"}:
+            model = children["module"]
+        else:
+            return model
+
+
+def mask_kinds(name: str, text: Any) -> dict[str, int | None]:
+    """The kinds of attention among a model's layers, with the window or chunk of each.
+
+    Args:
+        name: of the model, for messages.
+        text: its text config.
+
+    Returns:
+        Layer type to size in tokens, None for full attention.
+
+    Raises:
+        UnsupportedModelError: for a kind that is not known, or has no size.
+    """
+    window = getattr(text, "sliding_window", None)
+    chunk = getattr(text, "attention_chunk_size", None)
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        types = [SLIDING if window is not None else CHUNKED if chunk is not None else FULL]
+    # Mixture and MLP layers appear among the layer types of some models; they need no mask
+    used = {kind for kind in types if kind not in ("moe", "mlp", "sparse", "dense")}
+    unknown = used - set(_ATTENTION_TYPES)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(_ATTENTION_TYPES)}"
+        )
+    sizes = {FULL: None, SLIDING: window, CHUNKED: chunk}
+    for kind in used:
+        if kind != FULL and sizes[kind] is None:
+            raise UnsupportedModelError(
+                f"{name} has layers of type {kind}, but its config gives no size for them"
+            )
+    return {kind: sizes[kind] for kind in _ATTENTION_TYPES if kind in used}
