@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,13 @@ class Prompt:
         id: what to call it in tables and reports.
         text: what the user says.
         line: the line of the prompts file that it came from (from 1), None elsewhere.
+        before: the chat up to there, turns of ``{"role": ..., "content": ...}``.
     """
 
     id: str
     text: str
     line: int | None = None
+    before: Sequence[Mapping[str, str]] = ()
 
     @property
     def where(self) -> str:
@@ -62,12 +65,29 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     name = os.fspath(path)
     prompts: list[Prompt] = []
+    for number, row in read_json_lines(path):
+        prompts.append(_prompt_of(row, f"{name}, line {number}", number, len(prompts)))
+    if not prompts:
+        raise PromptError(f'{name}: no prompts in it; it takes one {{"prompt": "..."}} a line')
+    return prompts
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
+    """The values of a file with one JSON value a line, each with its line's number (from 1).
+
+    Blank lines are skipped.
+
+    Raises:
+        PromptError: naming the file and the first line that is damaged.
+        OSError: if the file cannot be read.
+    """
+    name = os.fspath(path)
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise PromptError(
                     f"{name}, line {number}: not UTF-8 text (byte {error.start + 1})"
@@ -76,10 +96,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
                 raise PromptError(
                     f"{name}, line {number}: not JSON ({error.msg} at column {error.colno})"
                 ) from error
-            prompts.append(_prompt_of(row, f"{name}, line {number}", number, len(prompts)))
-    if not prompts:
-        raise PromptError(f'{name}: no prompts in it; it takes one {{"prompt": "..."}} a line')
-    return prompts
+            yield number, value
 
 
 def _prompt_of(row: Any, where: str, number: int, index: int) -> Prompt:
@@ -109,18 +126,20 @@ def encode(
         chat_template: False feeds the text as it stands.
 
     Raises:
-        PromptError: if the prompt is empty, makes no tokens, or a system message has no template.
+        PromptError: if the prompt is empty, makes no tokens, or a system message or earlier turns
+            have no template.
     """
     import torch
 
     if not prompt.text.strip():
         raise PromptError(f"{prompt.where} is empty; give it some text")
     templated = chat_template and bool(getattr(tokenizer, "chat_template", None))
-    if system is not None and not templated:
+    if not templated and (system is not None or prompt.before):
         reason = "this tokenizer has none" if chat_template else "it is switched off"
-        raise PromptError(f"a system message needs a chat template, and {reason}")
+        what = "a system message needs" if system is not None else "earlier turns need"
+        raise PromptError(f"{what} a chat template, and {reason}")
     if templated:
-        messages = [{"role": "user", "content": prompt.text}]
+        messages = [*map(dict, prompt.before), {"role": "user", "content": prompt.text}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         try:

@@ -1,0 +1,1 @@
+"""Collect Jacobi trajectories: prompts, the model's responses, cleaning, states, shards."""
