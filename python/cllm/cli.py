@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import demo, generate, info, report
+from .commands import demo, generate, info, report, train
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("report")(report.report)
+app.command("train")(train.train)
 
 
 def _print_version(value: bool) -> None:

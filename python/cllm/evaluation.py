@@ -20,6 +20,7 @@ from torch import Tensor
 from .decoding import JacobiConfig, JacobiOutput, generate
 from .head import LanguageHead, evaluating
 from .prompts import Prompt, check_length, encode
+from .text_quality import repeated_ngrams
 
 # rows whose logits [rows, V] exist at a time while a text is scored
 _CHUNK_ROWS = 256
@@ -40,8 +41,8 @@ class Evaluation:
         nll_under_base: mean negative log-likelihood per token, in nats, of the texts under the base
             model given the prompt (all tokens of all texts alike); None without a base model.
         base_nll: the same of the reference texts.
-        repetition: mean over the texts of the share of n-grams that occurred before in the text
-            (`cllm.text_quality.repetition_rate`).
+        repetition: mean over the texts of the share of 4-grams that stood in the text before
+            (`cllm.text_quality.repeated_ngrams`).
         base_repetition: the same of the reference texts.
         mean_length: tokens a text.
         cut: share of the texts that the length limit ended.
@@ -180,8 +181,8 @@ def summarise(
         equal_leading=_mean([equal_leading_share(a, b) for a, b in pairs]),
         nll_under_base=_per_token(nll, responses),
         base_nll=None if references is None else _per_token(reference_nll, references),
-        repetition=_mean([repetition_rate(text) for text in responses]) or 0.0,
-        base_repetition=_mean([repetition_rate(text) for text in references or []]),
+        repetition=_mean([repeated_ngrams(text) for text in responses]) or 0.0,
+        base_repetition=_mean([repeated_ngrams(text) for text in references or []]),
         mean_length=tokens / max(count, 1),
         cut=sum(not text.ended for text in texts) / max(count, 1),
         fast_forwarded=sum(text.fast_forwarded for text in texts) / max(count, 1),
