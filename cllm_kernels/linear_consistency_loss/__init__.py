@@ -3,20 +3,20 @@ the logits of a few tokens at a time."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels.linear_consistency_loss.checks import check, check_values
 from cllm_kernels.linear_consistency_loss.options import (
-    DIVERGENCES,
     STATE_FIELDS,
     Gradients,
     Implementation,
     LossOptions,
+    Operands,
 )
 
 
@@ -59,6 +59,8 @@ def linear_consistency_loss(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -76,25 +78,36 @@ def linear_consistency_loss(
     teacher p = softmax(z(teacher[i]) / temperature) and student q = softmax(z(student[i]) /
     temperature):
 
-        consistency = sum_i w_i D(p_i, q_i) / sum_i w_i                w = row_weights
+        consistency = sum_i w_i D(p_i, q_i) / sum_i w_i       over i < S, with w = row_weights
         ar          = mean over labelled rows of the cross-entropy of z(teacher[i]) with labels[i]
         loss        = consistency + ar_weight * ar
 
     D is KL(p || q) ("forward_kl"; Kou et al. 2024, arXiv 2403.00835, eq. 6 and 7), KL(q || p)
     ("reverse_kl"), or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q
     ("jsd"; Agarwal et al. 2024, arXiv 2306.13649, sec. 2). The teacher's rows are the clean ones,
-    which are also those of the autoregressive loss, so their logits are made once.
+    which are also those of the autoregressive loss, so their logits are made once; rows from S on
+    have no student and take part in the autoregressive loss alone. With S = 0 the op is a linear
+    cross-entropy.
+
+    With `teacher_weight` the teacher is another, frozen model (the base model, an average of
+    weights): its logits are softcap * tanh((teacher @ teacher_weight.T + teacher_bias) / softcap),
+    and it gets no gradient. The autoregressive loss, which trains, is then a call of its own.
 
     Logits exist for `chunk_tokens` rows of either side at a time, softmaxes are computed in fp32
     and the weight's gradient is summed in fp32. The gradients are made beside the loss and kept
-    until backward (8 M H V floating-point operations, 12 with a gradient through `ar`).
+    until backward ((6 S + 2 M) H V floating-point operations, 4 M H V more with a gradient through
+    `ar`).
 
     Args:
-        student: [M, H] float32, bfloat16 or float16 (float64 on the reference backend); M may be 0.
-        teacher: [M, H] of the same dtype and device. No gradient of the consistency term flows
-            into it, that of `ar` does.
+        student: [S, H] float32, bfloat16 or float16 (float64 on the reference backend); S may be 0.
+        teacher: [M, H] of the same dtype and device, M >= S; row i < S is student[i]'s. More rows
+            than S need labels. No gradient of the consistency term flows into it, that of `ar`
+            does. With teacher_weight [S, H2].
         weight: [V, H] of the same dtype and device, V >= 1.
         bias: [V] float32 or of student's dtype, or None.
+        teacher_weight: [V, H2] of the same dtype and device: the head of the other model that
+            teacher's rows belong to. Needs M = S and labels=None. No gradient reaches it.
+        teacher_bias: [V] float32 or of student's dtype, or None; teacher_weight's.
         divergence: "forward_kl", "reverse_kl" or "jsd".
         beta: the teacher's share of the mixture, between 0 and 1; "jsd" only.
         temperature: > 0; of the consistency term. The autoregressive term has temperature 1.
@@ -102,15 +115,15 @@ def linear_consistency_loss(
             autoregressive term.
         label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy.
         ar_weight: what `ar` counts in the loss.
-        row_weights: [M] floating-point, >= 0, of the consistency term; 0 masks a row (padding, the
+        row_weights: [S] floating-point, >= 0, of the consistency term; 0 masks a row (padding, the
             prompt, rows before the first divergence), whatever its logits. None: all 1.
         softcap: a positive number, or None for none.
         chunk_tokens: rows of either side whose logits exist at a time, best a power of two; None:
             chosen from the free memory.
         recompute: keep ten numbers a row instead of gradients, and let backward compute the logits
-            again, piece by piece of the vocabulary (12 M H V operations, 16 with a gradient
-            through `ar`; 4 more for "jsd"). Besides the gradients themselves nothing of the
-            weight's size or of a row's length is ever held.
+            again, piece by piece of the vocabulary: 2 (S + M) H V operations more, and another
+            4 S H V for "jsd". Besides the gradients themselves nothing of the weight's size or of a
+            row's length is ever held.
 
     Returns:
         (loss, consistency, ar), each [] float32 (float64 for float64). Backward goes through `loss`
@@ -131,7 +144,10 @@ def linear_consistency_loss(
         0 if chunk_tokens is None else chunk_tokens,
         recompute,
     )
-    _check(student, teacher, weight, bias, labels, row_weights, options, chunk_tokens)
+    operands = Operands(
+        student, teacher, weight, bias, teacher_weight, teacher_bias, labels, row_weights
+    )
+    check(operands, options, chunk_tokens)
     grad = torch.is_grad_enabled()
     wanted = Gradients(
         student=grad and student.requires_grad,
@@ -139,140 +155,24 @@ def linear_consistency_loss(
         weight=grad and weight.requires_grad,
         bias=grad and bias is not None and bias.requires_grad,
     )
-    if not wanted.teacher:  # so that the loss does not claim to depend on it
-        teacher = teacher.detach()
-    results = torch.ops.cllm_kernels.linear_consistency_loss.default(
-        student, teacher, weight, bias, labels, row_weights, *options, *wanted
+    # So that the loss does not claim to depend on what gets no gradient.
+    operands = operands._replace(
+        teacher=teacher if wanted.teacher else teacher.detach(),
+        teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
     )
+    results = torch.ops.cllm_kernels.linear_consistency_loss.default(*operands, *options, *wanted)
     return results[0], results[1].detach(), results[2].detach()
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    row_weights: Tensor | None,
-    options: LossOptions,
-    chunk_tokens: int | None,
-) -> None:
-    name = "linear_consistency_loss"
-    if student.dim() != 2:
-        raise ValueError(f"{name}: student must be [M, H], not {shape_text(student)}")
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"{name}: teacher must have student's shape {shape_text(student)}, "
-            f"not {shape_text(teacher)}"
-        )
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != student.shape[1]:
-        raise ValueError(
-            f"{name}: weight must be [V, {student.shape[1]}] with V >= 1 to fit student "
-            f"{shape_text(student)}, not {shape_text(weight)}"
-        )
-    if student.dtype not in (*FLOAT_DTYPES, torch.float64):
-        raise TypeError(
-            f"{name}: student must be float32, bfloat16 or float16, not {dtype_text(student.dtype)}"
-        )
-    for label, tensor, shape, described in (
-        ("bias", bias, weight.shape[:1], "one entry per row of weight"),
-        ("labels", labels, student.shape[:1], "one entry per row of teacher"),
-        ("row_weights", row_weights, student.shape[:1], "one entry per row of student"),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name}: {label} must be [{shape[0]}], {described}, not {shape_text(tensor)}"
-            )
-    for label, tensor in (("teacher", teacher), ("weight", weight)):
-        if tensor.dtype != student.dtype:
-            raise TypeError(
-                f"{name}: {label} is {dtype_text(tensor.dtype)} but student is "
-                f"{dtype_text(student.dtype)}; they must have the same dtype"
-            )
-    if bias is not None and bias.dtype not in (student.dtype, torch.float32):
-        raise TypeError(
-            f"{name}: bias must be float32 or {dtype_text(student.dtype)}, "
-            f"not {dtype_text(bias.dtype)}"
-        )
-    if labels is not None and labels.dtype != torch.int64:
-        raise TypeError(f"{name}: labels must be int64, not {dtype_text(labels.dtype)}")
-    if row_weights is not None and not row_weights.dtype.is_floating_point:
-        raise TypeError(
-            f"{name}: row_weights must be floating-point, not {dtype_text(row_weights.dtype)}; "
-            "pass row_weights.float()"
-        )
-    for label, tensor in (
-        *(("teacher", teacher), ("weight", weight), ("bias", bias)),
-        *(("labels", labels), ("row_weights", row_weights)),
-    ):
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(
-                f"{name}: {label} is on {tensor.device} but student is on {student.device}"
-            )
-    _check_numbers(options, chunk_tokens)
-
-
-def _check_numbers(options: LossOptions, chunk_tokens: int | None) -> None:
-    name = "linear_consistency_loss"
-    if options.divergence not in DIVERGENCES:
-        raise ValueError(
-            f"{name}: divergence must be one of {', '.join(DIVERGENCES)}, "
-            f"not {options.divergence!r}"
-        )
-    if options.divergence == "jsd" and not 0 < options.beta < 1:
-        raise ValueError(
-            f"{name}: beta must lie between 0 and 1, not {options.beta}; its ends are divergence="
-            '"forward_kl" and "reverse_kl" (in the limit, up to a factor)'
-        )
-    if not (options.temperature > 0 and math.isfinite(options.temperature)):
-        raise ValueError(
-            f"{name}: temperature must be a positive number, not {options.temperature}"
-        )
-    if not 0 <= options.label_smoothing < 1:
-        raise ValueError(
-            f"{name}: label_smoothing must lie in [0, 1), not {options.label_smoothing}"
-        )
-    if not math.isfinite(options.ar_weight):
-        raise ValueError(f"{name}: ar_weight must be finite, not {options.ar_weight}")
-    cap = options.softcap
-    if cap is not None and not (cap > 0 and math.isfinite(cap)):
-        raise ValueError(f"{name}: softcap must be a positive number or None, not {cap}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"{name}: chunk_tokens must be at least 1, not {chunk_tokens}")
-
-
-def _check_values(weight: Tensor, labels: Tensor | None, row_weights: Tensor | None) -> None:
-    """Labels and row weights in range: at once on a CPU, by a device-side assertion on a GPU.
-
-    Called from inside the op, where there are values even under a compiler.
-    """
-    name, vocabulary = "linear_consistency_loss", weight.shape[0]
-    if weight.device.type == "cuda":
-        if labels is not None:
-            text = f"{name}: labels must be less than the vocabulary of {vocabulary}"
-            torch._assert_async((labels < vocabulary).all(), text)
-        if row_weights is not None:
-            text = f"{name}: row_weights must not be negative"
-            torch._assert_async((row_weights >= 0).all(), text)
-        return
-    if labels is not None and labels.numel() and int(labels.max()) >= vocabulary:
-        raise ValueError(
-            f"{name}: labels {shape_text(labels)} must be less than the vocabulary of weight "
-            f"{shape_text(weight)}, but one is {int(labels.max())}; mask a row by -100"
-        )
-    if row_weights is not None and row_weights.numel() and float(row_weights.min()) < 0:
-        raise ValueError(
-            f"{name}: row_weights must not be negative, but one is {float(row_weights.min())}"
-        )
-
-
 _ARGUMENTS = (
-    "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? labels, "
-    "Tensor? row_weights, str divergence, float beta, float temperature, float label_smoothing, "
-    "float ar_weight, float? softcap, int chunk_tokens, bool recompute, bool student_gradient, "
-    "bool teacher_gradient, bool weight_gradient, bool bias_gradient"
+    "Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? teacher_weight, "
+    "Tensor? teacher_bias, Tensor? labels, Tensor? row_weights, str divergence, float beta, "
+    "float temperature, float label_smoothing, float ar_weight, float? softcap, int chunk_tokens, "
+    "bool recompute, bool student_gradient, bool teacher_gradient, bool weight_gradient, "
+    "bool bias_gradient"
 )
-_TENSORS, _OPTIONS, _FLAGS = 6, len(LossOptions._fields), len(Gradients._fields)
+_TENSORS, _OPTIONS, _FLAGS = (len(x._fields) for x in (Operands, LossOptions, Gradients))
 LIBRARY.define(
     f"linear_consistency_loss({_ARGUMENTS}) -> (Tensor loss, Tensor consistency, Tensor ar, "
     "Tensor d_student, Tensor d_teacher, Tensor d_weight, Tensor d_bias, Tensor common, "
@@ -287,11 +187,11 @@ LIBRARY.define(
 )
 
 
-def _unpacked(arguments: tuple) -> tuple[list[Tensor | None], LossOptions, Gradients]:
+def _unpacked(arguments: tuple) -> tuple[Operands, LossOptions, Gradients]:
     tensors = [None if tensor is None else tensor.detach() for tensor in arguments[:_TENSORS]]
     numbers = arguments[_TENSORS : _TENSORS + _OPTIONS]
     flags = arguments[_TENSORS + _OPTIONS : _TENSORS + _OPTIONS + _FLAGS]
-    return tensors, LossOptions(*numbers), Gradients(*flags)
+    return Operands._make(tensors), LossOptions(*numbers), Gradients(*flags)
 
 
 def _implementation(student: Tensor) -> Implementation:
@@ -301,21 +201,20 @@ def _implementation(student: Tensor) -> Implementation:
 
 
 def _losses(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, options, wanted = _unpacked(arguments)
-    _check_values(arguments[2], *tensors[4:])
-    implementation = _implementation(arguments[0])
-    return tuple(implementation.losses(*tensors, options=options, wanted=wanted))
+    operands, options, wanted = _unpacked(arguments)
+    check_values(operands)
+    return tuple(_implementation(operands.student).losses(operands, options, wanted))
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, options, wanted = _unpacked(arguments)
-    implementation = _implementation(arguments[0])
-    return implementation.gradients(*tensors, options, wanted, *arguments[-2:])
+    operands, options, wanted = _unpacked(arguments)
+    implementation = _implementation(operands.student)
+    return implementation.gradients(operands, options, wanted, *arguments[-2:])
 
 
 def _fake_losses(*arguments: Any) -> tuple[Tensor, ...]:
-    (student, teacher, weight, bias, *_), options, wanted = _unpacked(arguments)
-    assert student is not None and teacher is not None and weight is not None
+    operands, options, wanted = _unpacked(arguments)
+    student, teacher, weight, bias = operands[:4]
     wide = torch.promote_types(student.dtype, torch.float32)
     if options.recompute:
         wanted = Gradients(False, False, False, False)
@@ -326,7 +225,7 @@ def _fake_losses(*arguments: Any) -> tuple[Tensor, ...]:
         return student.new_empty(like.shape, dtype=dtype)
 
     losses = [student.new_empty((), dtype=wide) for _ in range(3)]
-    state = (student.shape[0], STATE_FIELDS) if options.recompute else (0,)
+    state = (teacher.shape[0], STATE_FIELDS) if options.recompute else (0,)
     return (
         *losses,
         fake(student, wanted.student, student.dtype),
@@ -339,10 +238,10 @@ def _fake_losses(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, _, wanted = _unpacked(arguments)
+    operands, _, wanted = _unpacked(arguments)
     return tuple(
         arguments[0].new_empty(0) if tensor is None or not need else torch.empty_like(tensor)
-        for tensor, need in zip(tensors[:_FLAGS], wanted, strict=True)
+        for tensor, need in zip(operands[:_FLAGS], wanted, strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 A chunk's student and teacher rows stand behind each other, so that one matmul makes the logits of
 both and one each takes d(logits) to the hidden states and to the weight. Logits exist for one chunk
 at a time; between them works a pass over the logits in place, which is all that a backend brings.
+Teachers without a student have chunks of their own.
 """
 
 from __future__ import annotations
@@ -12,34 +13,36 @@ import os
 import torch
 from torch import Tensor
 
-from cllm_kernels.linear_consistency_loss.chunk import Chunk, Pass
-from cllm_kernels.linear_consistency_loss.head import Head, add_product
-from cllm_kernels.linear_consistency_loss.options import Gradients, LossOptions, Results, scales
+from cllm_kernels.linear_consistency_loss.chunk import (
+    Chunk,
+    Pass,
+    blocks,
+    most_pairs,
+    padded_weights,
+)
+from cllm_kernels.linear_consistency_loss.head import Head, Heads, add_product
+from cllm_kernels.linear_consistency_loss.options import (
+    Gradients,
+    LossOptions,
+    Operands,
+    Results,
+    scales,
+)
 
 _CPU_BUDGET = 64 << 20  # bytes of logits: half as much costs a tenth in time, twice gains little
 _LONGEST = {"cpu": 512, "cuda": 2048}  # tokens: from here on matmuls gain nothing
 
 
-def losses(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
-    options: LossOptions,
-    wanted: Gradients,
-    in_place: Pass,
-) -> Results:
+def losses(operands: Operands, options: LossOptions, wanted: Gradients, in_place: Pass) -> Results:
     """The losses and the gradients that are wanted, chunk by chunk of tokens."""
-    rows, width = student.shape
+    student, teacher, weight = operands.student, operands.teacher, operands.weight
+    (students, width), teachers = student.shape, len(teacher)
     device, vocabulary = student.device, weight.shape[0]
-    normalisers, both, common = scales(labels, row_weights, student, options)
-    weights = student.new_ones(rows, dtype=torch.float32) if row_weights is None else row_weights
-    weights = weights.float().contiguous()
-    labels = None if labels is None else labels.contiguous()
-    consistency = torch.empty(rows, dtype=torch.float32, device=device)
-    cross_entropy = torch.empty(rows, dtype=torch.float32, device=device)
+    normalisers, both, common = scales(operands, options)
+    weights = padded_weights(operands.row_weights, student, teachers)
+    labels = None if operands.labels is None else operands.labels.contiguous()
+    consistency = torch.empty(teachers, dtype=torch.float32, device=device)
+    cross_entropy = torch.empty(teachers, dtype=torch.float32, device=device)
 
     # d(logits) of the student's half is needed for its own gradient and for the weight's; that of
     # the teacher's half only with labels.
@@ -47,35 +50,46 @@ def losses(
     student_half = wanted.student or shared
     teacher_half = labels is not None and (wanted.teacher or shared)
 
-    head = Head(weight, bias)
-    size = options.chunk_tokens or automatic_chunk(rows, vocabulary, head.dtype, device)
-    size = min(size, max(rows, 1))
-    logits = torch.empty(2 * size, vocabulary, dtype=head.dtype, device=device)
-    operands = torch.empty(2 * size, width, dtype=head.dtype, device=device)
-    gradients = _Accumulator(student, teacher, weight, bias, wanted)
-    for begin in range(0, rows, size):
-        end = min(begin + size, rows)
-        count = end - begin
-        pair, scores = operands[: 2 * count], logits[: 2 * count]
-        pair[:count].copy_(student[begin:end])
-        pair[count:].copy_(teacher[begin:end])
-        head.logits(pair, scores)
+    heads = Heads(operands)
+    dtype, most = heads.own.dtype, most_pairs(students, teachers)
+    size = options.chunk_tokens or automatic_chunk(most, vocabulary, dtype, device)
+    cut = blocks(students, teachers, size)
+    highest = max((block.height for block in cut), default=0)
+    logits = torch.empty(highest, vocabulary, dtype=dtype, device=device)
+    hidden = torch.empty(highest, width, dtype=dtype, device=device)
+    gradients = _Accumulator(operands, wanted)
+    for block in cut:
+        rows, count, split = block.rows, block.count, block.height - block.count
+        scores = logits[: block.height]
+        if block.paired:
+            hidden[:count].copy_(student[rows])
+        if heads.other is None:
+            own, others = hidden[: block.height], teacher[:0]
+            own[split:].copy_(teacher[rows])
+        else:
+            own, others = hidden[:split], teacher[rows].to(dtype)
+        heads.logits(own, others, scores)
         chunk = Chunk(
             scores[:count],
-            scores[count:],
-            weights[begin:end],
-            None if labels is None else labels[begin:end],
+            scores[split:],
+            weights[rows],
+            None if labels is None else labels[rows],
             both,
-            consistency[begin:end],
-            cross_entropy[begin:end],
-            student_half,
+            consistency[rows],
+            cross_entropy[rows],
+            student_half and block.paired,
             teacher_half,
         )
         in_place(chunk, options)
-        first = 0 if student_half else count
-        last = 2 * count if teacher_half else count
-        if first < last:
-            gradients.add(head, scores[first:last], pair[first:last], begin, count, first == 0)
+        active = block.active(student_half, teacher_half)
+        if active.start < active.stop:
+            gradients.add(
+                heads.own,
+                scores[active],
+                own[active],
+                rows if block.paired and student_half else None,
+                rows if teacher_half else None,
+            )
     # An op's results may not share memory: each is computed into its own.
     mean_consistency = consistency.sum() * normalisers[0]
     ar = cross_entropy.sum() * normalisers[1]
@@ -117,14 +131,8 @@ def _free_memory() -> int:
 class _Accumulator:
     """The gradients of all chunks: hidden states' written, weight's and bias's summed in fp32."""
 
-    def __init__(
-        self,
-        student: Tensor,  # [M, H]
-        teacher: Tensor,  # [M, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        wanted: Gradients,
-    ):
+    def __init__(self, operands: Operands, wanted: Gradients):
+        student, teacher, weight, bias = operands[:4]
         self.wanted = wanted
 
         def room(like: Tensor | None, need: bool, dtype: torch.dtype) -> Tensor:
@@ -141,15 +149,14 @@ class _Accumulator:
     def add(
         self,
         head: Head,
-        slopes: Tensor,  # [R, V] d(logits): the student's rows, the teacher's, or both
+        slopes: Tensor,  # [R, V] d(logits): the students' rows, the teachers', or both
         hidden: Tensor,  # [R, H], the rows that the slopes belong to
-        begin: int,
-        count: int,
-        has_student: bool,
+        students: slice | None,  # where the students' rows come from; None: there are none
+        teachers: slice | None,  # where the teachers' rows come from
     ) -> None:
-        to_hidden = (self.wanted.student and has_student) or (
-            self.wanted.teacher and (len(slopes) > count or not has_student)
-        )
+        to_student = self.wanted.student and students is not None
+        to_teacher = self.wanted.teacher and teachers is not None
+        to_hidden = to_student or to_teacher
         if self.wanted.bias:
             self.bias += slopes.sum(dim=0, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if to_hidden else None
@@ -166,11 +173,11 @@ class _Accumulator:
         self.empty = False
         if d_hidden is None:
             return
-        if has_student and self.wanted.student:
-            self.student[begin : begin + count].copy_(d_hidden[:count])
-        teacher_rows = d_hidden[count:] if has_student else d_hidden
-        if self.wanted.teacher and len(teacher_rows):
-            self.teacher[begin : begin + count].copy_(teacher_rows)
+        split = 0 if students is None else students.stop - students.start
+        if to_student:
+            self.student[students].copy_(d_hidden[:split])
+        if to_teacher:
+            self.teacher[teachers].copy_(d_hidden[split:])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.empty:  # no rows

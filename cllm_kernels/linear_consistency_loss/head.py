@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._matmul import fast_cpu_matmul
+from cllm_kernels.linear_consistency_loss.options import Operands
 
 # Rows of the weight that are multiplied at once for logits on a CPU: torch's fp32 matmul of 256
 # rows is faster in such pieces than whole (158 against 136 GFLOP/s for H = 576 on two AVX2 cores).
@@ -61,6 +62,46 @@ class Head:
         """hidden [R, H] @ weight.T + bias into out [R, V]."""
         for columns, part in self.pieces():
             self.multiply(hidden, columns, part, out[:, columns])
+
+
+class Heads:
+    """The head of the students, and that of the teachers: the same, or another model's."""
+
+    def __init__(self, operands: Operands, piece: int | None = None):
+        self.own = Head(operands.weight, operands.bias, piece)
+        self.other: Head | None = None
+        if operands.teacher_weight is not None:
+            self.other = Head(operands.teacher_weight, operands.teacher_bias, piece)
+
+    def logits(self, hidden: Tensor, others: Tensor, out: Tensor) -> None:
+        """Whole rows of logits [R, V] of the rows of `hidden`, which our head multiplies, and
+        behind them of `others`, which are the other head's."""
+        self.own.logits(hidden, out[: len(hidden)])
+        if self.other is not None:
+            self.other.logits(others, out[len(hidden) :])
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(columns of the logits, those rows of our weight, those of the other head's)."""
+        if self.other is None:
+            for columns, part in self.own.pieces():
+                yield columns, part, None
+            return
+        for (columns, part), (_, other) in zip(self.own.pieces(), self.other.pieces(), strict=True):
+            yield columns, part, other
+
+    def multiply(
+        self,
+        hidden: Tensor,  # [R, H]
+        others: Tensor,  # [Q, H2]
+        columns: slice,
+        part: Tensor,  # [W, H]
+        other_part: Tensor | None,  # [W, H2]
+        out: Tensor,  # [R + Q, W]
+    ) -> None:
+        """`logits` for one of the pieces."""
+        self.own.multiply(hidden, columns, part, out[: len(hidden)])
+        if self.other is not None and other_part is not None:
+            self.other.multiply(others, columns, other_part, out[len(hidden) :])
 
 
 def add_product(

@@ -11,6 +11,19 @@ from torch import Tensor
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
+class Operands(NamedTuple):
+    """The tensors of a call, checked: S students, M >= S teachers, teacher i < S for student i."""
+
+    student: Tensor  # [S, H]
+    teacher: Tensor  # [M, H]; with a head of their own [S, H2]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    teacher_weight: Tensor | None  # [V, H2], or None: the teachers' head is weight too
+    teacher_bias: Tensor | None  # [V]
+    labels: Tensor | None  # [M]; None with teacher_weight
+    row_weights: Tensor | None  # [S]
+
+
 class LossOptions(NamedTuple):
     """The numbers of a call, checked."""
 
@@ -43,7 +56,7 @@ class Results(NamedTuple):
     loss: Tensor  # [] float32 or wider
     consistency: Tensor  # [] float32 or wider
     ar: Tensor  # [] float32 or wider
-    student: Tensor  # [M, H] of student's dtype, or [0]
+    student: Tensor  # [S, H] of student's dtype, or [0]
     teacher: Tensor  # [M, H] of student's dtype, or [0]
     weight: Tensor  # [V, H] float32 or wider, or [0]
     bias: Tensor  # [V] float32 or wider, or [0]
@@ -55,8 +68,9 @@ class Implementation(NamedTuple):
     """A backend: `losses` makes the losses and, unless they are to be recomputed, the gradients;
     `gradients` makes those from the state that `losses` left.
 
-        losses(student, teacher, weight, bias, labels, row_weights, options, wanted) -> Results
-        gradients(student, .., wanted, state, d_loss) -> (d_student, d_teacher, d_weight, d_bias)
+        losses(operands, options, wanted) -> Results
+        gradients(operands, options, wanted, state, d_loss)
+            -> (d_student, d_teacher, d_weight, d_bias)
 
     The latter are the operands' own gradients, in their dtypes, for a loss whose gradient is
     d_loss []; [0] where none is wanted.
@@ -70,12 +84,7 @@ class Implementation(NamedTuple):
 STATE_FIELDS = 10
 
 
-def scales(
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
-    student: Tensor,  # [M, H]
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scales(operands: Operands, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normalisers [2], scales [2], common []), float32 or wider, all on the device.
 
     The normalisers are 1 / sum of row weights and 1 / number of labels (0 where there are none),
@@ -83,6 +92,7 @@ def scales(
     to multiply the gradients by. common is 1 but in fp16, where the mean over thousands of rows
     would push d(logits) below the smallest number: there the gradients are those of the sum.
     """
+    student, labels, row_weights = operands.student, operands.labels, operands.row_weights
     wide = torch.promote_types(student.dtype, torch.float32)
     device, rows = student.device, len(student)
     one = torch.ones((), dtype=wide, device=device)

@@ -17,6 +17,7 @@ from cllm_kernels.linear_consistency_loss.options import (
     Gradients,
     Implementation,
     LossOptions,
+    Operands,
     Results,
     scales,
 )
@@ -69,18 +70,20 @@ def head(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def consistency_loss(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _both_logits(operands: Operands, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """The students' [S, V] and the teachers' [M, V]."""
+    student_logits = head(operands.student, operands.weight, operands.bias, options.softcap)
+    if operands.teacher_weight is None:
+        other = (operands.weight, operands.bias)
+    else:
+        other = (operands.teacher_weight.detach(), operands.teacher_bias)
+    return student_logits, head(operands.teacher, *other, options.softcap)
+
+
+def consistency_loss(operands: Operands, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, consistency, ar), each [], differentiable by autograd; in fp32, or fp64 for fp64."""
-    student_logits = head(student, weight, bias, options.softcap)
-    teacher_logits = head(teacher, weight, bias, options.softcap)
+    student, labels, row_weights = operands.student, operands.labels, operands.row_weights
+    student_logits, teacher_logits = _both_logits(operands, options)
     zero = student_logits.new_zeros(())
     weights = student_logits.new_ones(len(student))
     if row_weights is not None:
@@ -126,38 +129,33 @@ def student_slopes(
     return share * q * (gap - (q * gap).sum(dim=-1, keepdim=True))
 
 
-def losses(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
-    options: LossOptions,
-    wanted: Gradients,
-) -> Results:
+def losses(operands: Operands, options: LossOptions, wanted: Gradients) -> Results:
     """The losses and the gradients that are wanted, written out."""
-    values = consistency_loss(student, teacher, weight, bias, labels, row_weights, options)
-    _, (student_scale, teacher_scale), common = scales(labels, row_weights, student, options)
+    student, teacher, weight = operands.student, operands.teacher, operands.weight
+    labels, row_weights, students = operands.labels, operands.row_weights, len(operands.student)
+    values = consistency_loss(operands, options)
+    _, (student_scale, teacher_scale), common = scales(operands, options)
     unwanted = [student.new_empty(0) for _ in wanted]
     separate = (values[0], values[1].clone(), values[2].clone())
     # An op's results may not share memory, and without labels the loss is the consistency term.
-    fields = (len(student), STATE_FIELDS) if options.recompute else (0,)
+    fields = (len(teacher), STATE_FIELDS) if options.recompute else (0,)
     state = student.new_zeros(fields, dtype=torch.float64)
     results = Results._make((*separate, *unwanted, common, state))
     if options.recompute or not any(wanted):
         return results
-    student_logits = head(student, weight, bias, options.softcap)
-    teacher_logits = head(teacher, weight, bias, options.softcap)
+    student_logits, teacher_logits = _both_logits(operands, options)
     temperature = options.temperature
     d_student = student_slopes(
-        student_logits / temperature, teacher_logits / temperature, options.divergence, options.beta
+        student_logits / temperature,
+        teacher_logits[:students] / temperature,
+        options.divergence,
+        options.beta,
     )
     if row_weights is not None:
         weights = row_weights.to(d_student)[:, None]
         d_student = torch.where(weights != 0, weights * d_student, 0.0)
     d_student = d_student * (student_scale.to(d_student) / temperature)
-    d_teacher = torch.zeros_like(d_student)
+    d_teacher = torch.zeros_like(teacher_logits)
     if labels is not None:
         target = torch.full_like(d_teacher, options.label_smoothing / weight.shape[0])
         at_label = labels.clamp(min=0)[:, None]
@@ -170,30 +168,27 @@ def losses(
         d_student = d_student * (1 - (student_logits / options.softcap) ** 2)
         d_teacher = d_teacher * (1 - (teacher_logits / options.softcap) ** 2)
     wide = weight.to(d_student)
-    both = torch.cat([d_student, d_teacher])  # [2M, V]
+    both, hidden = d_student, student  # another model's head gets no gradient
+    if operands.teacher_weight is None:
+        both, hidden = torch.cat([d_student, d_teacher]), torch.cat([student, teacher])
     return results._replace(
         student=(d_student @ wide).to(student.dtype) if wanted.student else results.student,
         teacher=(d_teacher @ wide).to(teacher.dtype) if wanted.teacher else results.teacher,
-        weight=both.T @ torch.cat([student, teacher]).to(both) if wanted.weight else results.weight,
+        weight=both.T @ hidden.to(both) if wanted.weight else results.weight,
         bias=both.sum(dim=0) if wanted.bias else results.bias,
     )
 
 
 def gradients(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
+    operands: Operands,
     options: LossOptions,
     wanted: Gradients,
     state: Tensor,  # [M, STATE_FIELDS], not needed here
     d_loss: Tensor,  # []
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, once more and scaled."""
-    operands = (student, teacher, weight, bias, labels, row_weights)
-    found = losses(*operands, options=options._replace(recompute=False), wanted=wanted)
+    student, teacher, weight, bias = operands[:4]
+    found = losses(operands, options._replace(recompute=False), wanted)
     factor = d_loss * found.common
     return (
         (found.student * factor).to(student.dtype),

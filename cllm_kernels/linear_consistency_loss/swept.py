@@ -12,13 +12,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cllm_kernels.linear_consistency_loss.chunk import Chunk, Pass, Stage
+from cllm_kernels.linear_consistency_loss.chunk import (
+    Chunk,
+    Pass,
+    Stage,
+    blocks,
+    most_pairs,
+    padded_weights,
+)
 from cllm_kernels.linear_consistency_loss.chunked import automatic_chunk
-from cllm_kernels.linear_consistency_loss.head import Head, add_product
+from cllm_kernels.linear_consistency_loss.head import Heads, add_product
 from cllm_kernels.linear_consistency_loss.options import (
     STATE_FIELDS,
     Gradients,
     LossOptions,
+    Operands,
     Results,
     scales,
 )
@@ -32,102 +40,99 @@ class _Sweep:
 
     def __init__(
         self,
-        student: Tensor,  # [M, H]
-        teacher: Tensor,  # [M, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        labels: Tensor | None,  # [M]
-        row_weights: Tensor | None,  # [M]
+        operands: Operands,
         options: LossOptions,
         state: Tensor,  # [M, STATE_FIELDS]
         in_place: Pass,
     ):
         self.options, self.state, self.in_place = options, state, in_place
-        rows, device = len(student), student.device
-        self.vocabulary = weight.shape[0]
-        weights = torch.ones(rows, device=device) if row_weights is None else row_weights
-        self.row_weights = weights.float().contiguous()
-        self.labels = None if labels is None else labels.contiguous()
-        self.normalisers, self.scales, self.common = scales(labels, row_weights, student, options)
-        self.losses = torch.empty(2, rows, dtype=torch.float32, device=device)
-        self.head = Head(weight, bias, _PIECE.get(device.type))
+        student, teacher = operands.student, operands.teacher
+        students, teachers, device = len(student), len(teacher), student.device
+        self.vocabulary = operands.weight.shape[0]
+        self.row_weights = padded_weights(operands.row_weights, student, teachers)
+        self.labels = None if operands.labels is None else operands.labels.contiguous()
+        self.normalisers, self.scales, self.common = scales(operands, options)
+        self.losses = torch.empty(2, teachers, dtype=torch.float32, device=device)
+        self.heads = Heads(operands, _PIECE.get(device.type))
+        self.piece, dtype = self.heads.own.piece, self.heads.own.dtype
         size = options.chunk_tokens or automatic_chunk(
-            rows, self.head.piece, self.head.dtype, device, _LONGEST
+            most_pairs(students, teachers), self.piece, dtype, device, _LONGEST
         )
-        self.blocks = [slice(b, min(b + size, rows)) for b in range(0, rows, size)]
-        # Student and teacher of a block behind each other: one matmul makes the logits of both.
-        self.pairs = [
-            torch.cat([student[block], teacher[block]]).to(self.head.dtype) for block in self.blocks
-        ]
-        longest = max((len(pair) for pair in self.pairs), default=0)
-        self.buffer = torch.empty(longest * self.head.piece, dtype=self.head.dtype, device=device)
+        self.blocks = blocks(students, teachers, size)
+        # What our head multiplies, student and teacher of a block behind each other, so that one
+        # matmul makes the logits of both; and what the teachers' own head does, if they have one.
+        self.hidden: list[Tensor] = []  # [height, H], or [C, H]
+        self.others: list[Tensor] = []  # [0, H], or [C, H2]
+        shared = self.heads.other is None
+        for block in self.blocks:
+            halves = [student[block.rows]] if block.paired else []
+            halves += [teacher[block.rows]] if shared else []
+            self.hidden.append(torch.cat(halves).to(dtype))
+            self.others.append(teacher[:0] if shared else teacher[block.rows].to(dtype))
+        highest = max((block.height for block in self.blocks), default=0)
+        self.buffer = torch.empty(highest * self.piece, dtype=dtype, device=device)
 
     def run(
-        self, stage: Stage, student_gradient: bool = False, teacher_gradient: bool = False
+        self, numbers: list[int], stage: Stage, student: bool = False, teacher: bool = False
     ) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
-        """Passes over all pieces and blocks; after each: (columns, that part of the weight, the
-        block's number, logits or slopes [2C, W])."""
-        for columns, part in self.head.pieces():
-            for number, pair in enumerate(self.pairs):
-                scores = self.buffer[: len(pair) * len(part)].view(len(pair), len(part))
-                self.head.multiply(pair, columns, part, scores)
-                self._pass(number, scores, columns.start, stage, student_gradient, teacher_gradient)
+        """Passes over all pieces and the blocks of these numbers, with these sides' gradients;
+        after each: (columns, that part of our weight, the block's number, logits or slopes)."""
+        for columns, part, other_part in self.heads.pieces():
+            for number in numbers:
+                height = self.blocks[number].height
+                scores = self.buffer[: height * len(part)].view(height, len(part))
+                hidden, others = self.hidden[number], self.others[number]
+                self.heads.multiply(hidden, others, columns, part, other_part, scores)
+                self._pass(number, scores, columns.start, stage, student, teacher)
                 yield columns, part, number, scores
 
     def finish(self) -> None:
         """The losses, from the state alone."""
-        for number, pair in enumerate(self.pairs):
-            nothing = self.buffer[:0].view(len(pair), 0)
+        for number, block in enumerate(self.blocks):
+            nothing = self.buffer[:0].view(block.height, 0)
             self._pass(number, nothing, 0, Stage.SLOPES, False, False)
 
     def _pass(
         self,
         number: int,
-        scores: Tensor,  # [2C, W]
+        scores: Tensor,  # [height, W]
         first: int,
         stage: Stage,
-        student_gradient: bool,
-        teacher_gradient: bool,
+        student: bool,
+        teacher: bool,
     ) -> None:
         block = self.blocks[number]
-        count = block.stop - block.start
+        rows = block.rows
         chunk = Chunk(
-            scores[:count],
-            scores[count:],
-            self.row_weights[block],
-            None if self.labels is None else self.labels[block],
+            scores[: block.count],
+            scores[block.height - block.count :],
+            self.row_weights[rows],
+            None if self.labels is None else self.labels[rows],
             self.scales,
-            self.losses[0, block],
-            self.losses[1, block],
-            student_gradient,
-            teacher_gradient,
+            self.losses[0, rows],
+            self.losses[1, rows],
+            student and block.paired,
+            teacher,
             stage,
-            self.state[block],
+            self.state[rows],
             first,
             self.vocabulary,
         )
         self.in_place(chunk, self.options)
 
 
-def losses(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
-    options: LossOptions,
-    in_place: Pass,
-) -> Results:
+def losses(operands: Operands, options: LossOptions, in_place: Pass) -> Results:
     """The losses alone, and the state for `gradients`."""
-    state = torch.zeros(len(student), STATE_FIELDS, dtype=torch.float64, device=student.device)
+    student, rows = operands.student, len(operands.teacher)
+    state = torch.zeros(rows, STATE_FIELDS, dtype=torch.float64, device=student.device)
     state[:, [0, 2]] = -float("inf")  # the largest logits so far
-    sweep = _Sweep(
-        student, teacher, weight, bias, labels, row_weights, options, state, in_place
-    )  # fmt: skip
-    stages = [Stage.SUMS, *([Stage.DIVERGENCE] if options.divergence == "jsd" else [])]
-    for stage in stages:
-        for _ in sweep.run(stage):
+    sweep = _Sweep(operands, options, state, in_place)
+    everything = list(range(len(sweep.blocks)))
+    pairs = [number for number in everything if sweep.blocks[number].paired]
+    for _ in sweep.run(everything, Stage.SUMS):
+        pass
+    if options.divergence == "jsd":
+        for _ in sweep.run(pairs, Stage.DIVERGENCE):
             pass
     sweep.finish()
     consistency = sweep.losses[0].sum() * sweep.normalisers[0]
@@ -138,12 +143,7 @@ def losses(
 
 
 def gradients(
-    student: Tensor,  # [M, H]
-    teacher: Tensor,  # [M, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [M]
-    row_weights: Tensor | None,  # [M]
+    operands: Operands,
     options: LossOptions,
     wanted: Gradients,
     state: Tensor,  # [M, STATE_FIELDS], of `losses`
@@ -151,40 +151,42 @@ def gradients(
     in_place: Pass,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of student, teacher, weight and bias; [0] where none is wanted."""
-    sweep = _Sweep(
-        student, teacher, weight, bias, labels, row_weights, options, state, in_place
-    )  # fmt: skip
+    student, teacher, weight, bias = operands[:4]
+    sweep = _Sweep(operands, options, state, in_place)
     factor = d_loss * sweep.common
     device, width = student.device, student.shape[1]
     shared = wanted.weight or wanted.bias
     student_half = wanted.student or shared
-    teacher_half = labels is not None and (wanted.teacher or shared)
+    teacher_half = operands.labels is not None and (wanted.teacher or shared)
 
     d_weight = torch.empty_like(weight) if wanted.weight else student.new_empty(0)
     d_bias = torch.empty_like(bias) if wanted.bias and bias is not None else student.new_empty(0)
-    d_pairs = [torch.zeros(len(pair), width, device=device) for pair in sweep.pairs]
-    weight_sum = torch.empty(sweep.head.piece if wanted.weight else 0, width, device=device)
-    bias_sum = torch.empty(sweep.head.piece if wanted.bias else 0, device=device)
-    for columns, part, number, slopes in sweep.run(Stage.SLOPES, student_half, teacher_half):
-        count = len(slopes) // 2
-        rows = slice(0 if student_half else count, 2 * count if teacher_half else count)
-        hidden, active = sweep.pairs[number][rows], slopes[rows]
+    d_hidden = [torch.zeros(len(hidden), width, device=device) for hidden in sweep.hidden]
+    weight_sum = torch.empty(sweep.piece if wanted.weight else 0, width, device=device)
+    bias_sum = torch.empty(sweep.piece if wanted.bias else 0, device=device)
+    active = [block.active(student_half, teacher_half) for block in sweep.blocks]
+    numbers = [n for n, rows in enumerate(active) if rows.start < rows.stop]
+    for columns, part, number, scores in sweep.run(
+        numbers, Stage.SLOPES, student_half, teacher_half
+    ):
+        rows = active[number]
+        hidden, slopes = sweep.hidden[number][rows], scores[rows]
+        begins, ends = number == numbers[0], number == numbers[-1]
         if wanted.student or wanted.teacher:
-            add_product(d_pairs[number][rows], active, part)
-        last = number == len(sweep.pairs) - 1
+            add_product(d_hidden[number][rows], slopes, part)
         if wanted.weight:
             total = weight_sum[: len(part)]
-            total = total.zero_() if number == 0 else total
-            add_product(total, active.t(), hidden)
-            if last:
+            total = total.zero_() if begins else total
+            add_product(total, slopes.t(), hidden)
+            if ends:
                 d_weight[columns] = total * factor
         if wanted.bias:
-            column_sum = active.sum(dim=0, dtype=torch.float32)
-            column_sum += bias_sum[: len(part)] if number else 0.0
+            column_sum = slopes.sum(dim=0, dtype=torch.float32)
+            column_sum += 0.0 if begins else bias_sum[: len(part)]
             bias_sum[: len(part)] = column_sum
-            if last:
+            if ends:
                 d_bias[columns] = column_sum * factor
-    if not sweep.pairs:
+    if not numbers:
         d_weight.zero_()
         d_bias.zero_()
 
@@ -192,9 +194,12 @@ def gradients(
         if not need:
             return like.new_empty(0)
         gradient = torch.empty_like(like)
-        for block, d_pair in zip(sweep.blocks, d_pairs, strict=True):
-            count = block.stop - block.start
-            gradient[block] = (d_pair[count:] if teacher_side else d_pair[:count]) * factor
+        for block, both in zip(sweep.blocks, d_hidden, strict=True):
+            split = block.height - block.count
+            if teacher_side:
+                gradient[block.rows] = both[split:] * factor
+            elif block.paired:
+                gradient[block.rows] = both[:split] * factor
         return gradient
 
     return (

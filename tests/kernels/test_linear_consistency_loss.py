@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import cllm_kernels
 from cllm_kernels.linear_consistency_loss import OP, swept
 from cllm_kernels.linear_consistency_loss.chunk import Chunk
-from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions
+from cllm_kernels.linear_consistency_loss.options import DIVERGENCES, LossOptions, Operands
 from cllm_kernels.linear_consistency_loss.reference import consistency_loss, divergence_rows
 from tests.kernels.backends import everywhere, running, slow_interpreter
 
@@ -83,9 +83,9 @@ def loss_options(
 
 def by_autograd(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):
     """The definition, its gradients by autograd."""
-    return consistency_loss(
-        student, teacher, weight, bias, labels, row_weights, loss_options(**options)
-    )
+    other = options.pop("teacher_weight", None), options.pop("teacher_bias", None)
+    operands = Operands(student, teacher, weight, bias, *other, labels, row_weights)
+    return consistency_loss(operands, loss_options(**options))
 
 
 def same_dtype(student, teacher, weight, *, bias=None, labels=None, row_weights=None, **options):

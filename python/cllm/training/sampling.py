@@ -1,0 +1,145 @@
+"""Which noisy states of a response are trained on, and the data set that draws them anew in every
+epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .config import ConsistencyConfig
+from .examples import BlockStates, TrainingExample
+
+
+@dataclass(frozen=True)
+class SampledExample:
+    """A response and the states of its blocks that a step trains on.
+
+    Attributes:
+        picks: (entry of `example.blocks`, number of the state in it), each pair once.
+    """
+
+    example: TrainingExample
+    picks: list[tuple[int, int]]
+
+
+class StateSampler:
+    """Draws states as `ConsistencyConfig.sampling` says.
+
+    What is drawn is a function of (seed, epoch, index) alone, so neither the number of workers or
+    processes nor the order of the examples changes it. Never drawn are fixed points and states
+    without a counted row: those whose only wrong token is the block's last, which is no input.
+
+    Args:
+        config: `sampling`, `states` and `schedule_window` of it are used.
+        seed: of all draws.
+    """
+
+    def __init__(self, config: ConsistencyConfig, seed: int = 0):
+        self.config = config
+        self.seed = seed
+
+    def __call__(self, example: TrainingExample, epoch: int, index: int) -> list[tuple[int, int]]:
+        """The pairs (block entry, state number) for `example`, in the order of the response.
+
+        Fewer than asked for where there are no more states; none where every guess was right.
+        """
+        # a string seed is hashed by SHA-512: the same in every process, whatever PYTHONHASHSEED
+        rng = random.Random(f"{self.seed},{epoch},{index}")
+        usable = [usable_states(block) for block in example.blocks]
+        if self.config.sampling == "uniform":
+            every = [(entry, state) for entry, states in enumerate(usable) for state in states]
+            return sorted(rng.sample(every, min(self.config.states, len(every))))
+        picks = []
+        for entry, states in enumerate(usable):
+            if self.config.sampling == "schedule":
+                target = self._target(example.block_index[entry])
+                rng.shuffle(states)  # the sort is stable, so equals stay in random order
+                block = example.blocks[entry]
+                distance = {state: abs(wrong_share(block, state) - target) for state in states}
+                chosen = sorted(states, key=distance.__getitem__)[: self.config.states]
+            else:
+                chosen = rng.sample(states, min(self.config.states, len(states)))
+            picks += [(entry, state) for state in chosen]
+        return sorted(picks)
+
+    def _target(self, block: int) -> float:
+        """Share of wrong tokens wanted in this block of a response: 0 at the start of a window, 1
+        at its end (arXiv 2512.14681)."""
+        window = self.config.schedule_window
+        return 1.0 if window == 1 else block % window / (window - 1)
+
+
+def usable_states(block: BlockStates) -> list[int]:
+    """Numbers of the states that have a row to train on: some input is wrong."""
+    last = len(block.fixed_point) - 1
+    return [number for number, first in enumerate(block.first_divergence) if first < last]
+
+
+def wrong_share(block: BlockStates, state: int) -> float:
+    """Share of a state's tokens that differ from the fixed point."""
+    pairs = list(zip(block.states[state], block.fixed_point, strict=True))
+    return sum(guess != token for guess, token in pairs) / len(pairs)
+
+
+def ended(example: TrainingExample, end_tokens: Iterable[int]) -> TrainingExample:
+    """`example` without whatever stands behind the first end-of-text token of its response."""
+    ends = set(end_tokens)
+    length = next(
+        (index + 1 for index, token in enumerate(example.response) if token in ends),
+        len(example.response),
+    )
+    if length == len(example.response):
+        return example
+    blocks, block_index = [], []
+    for entry, block in enumerate(example.blocks):
+        keep = length - example.block_start(entry)
+        if keep > 0:
+            blocks.append(BlockStates([state[:keep] for state in block.states]))
+            block_index.append(example.block_index[entry])
+    return replace(
+        example, response=example.response[:length], blocks=blocks, block_index=block_index
+    )
+
+
+class SampledDataset(Dataset):
+    """Examples with states drawn for the current epoch: what a `DataLoader` reads.
+
+    The epoch lives in shared memory, so `set_epoch` reaches workers that are already running.
+
+    Args:
+        examples: a sequence, or map-style data set, of `TrainingExample`.
+        config, seed: of `StateSampler`.
+        end_tokens: end-of-text tokens; nothing behind the first one in a response counts.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TrainingExample] | Any,
+        config: ConsistencyConfig,
+        seed: int = 0,
+        end_tokens: Iterable[int] = (),
+    ):
+        self.examples = examples
+        self.sampler = StateSampler(config, seed)
+        self.end_tokens = tuple(end_tokens)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other states from now on (accelerate's and torch's habit)."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> SampledExample:
+        example = ended(self.examples[index], self.end_tokens)
+        return SampledExample(example, self.sampler(example, self.epoch, index))
