@@ -55,6 +55,11 @@ class Verification:
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 
 
+def near_tie_tolerance(dtype: torch.dtype) -> float:
+    """The largest logit gap that counts as a near-tie in a model of this dtype."""
+    return _TOLERANCE.get(dtype, 1e-3)
+
+
 @torch.no_grad()
 def verify(
     model: Any,
@@ -95,7 +100,7 @@ def verify(
             f"{[sequences.shape[0], prompt_length]}; they must be alike"
         )
     if tolerance is None:
-        tolerance = _TOLERANCE.get(model.dtype, 1e-3)
+        tolerance = near_tie_tolerance(model.dtype)
     ended = _after_the_end(model, sequences, prompt_length)
     gaps, choices = [], []
     for row in range(sequences.shape[0]):
