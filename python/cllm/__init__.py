@@ -17,16 +17,20 @@ if TYPE_CHECKING:
         jacobi_decode,
     )
     from .patching import Handle, patch, patched
+    from .training.config import ConsistencyConfig
+    from .training_patch import TrainingHandle, patch_training
     from .trajectory import Iteration, Trajectory, TrajectoryError
     from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConsistencyConfig",
     "Handle",
     "Iteration",
     "JacobiConfig",
     "JacobiOutput",
+    "TrainingHandle",
     "Trajectory",
     "TrajectoryError",
     "UnsupportedModelError",
@@ -35,6 +39,7 @@ __all__ = [
     "generate",
     "jacobi_decode",
     "patch",
+    "patch_training",
     "patched",
     "verify",
 ]
@@ -45,6 +50,8 @@ when_transformers_loads(lambda: import_module(".decoding.attention", __name__))
 # torch and transformers take seconds to import, `cllm --help` should not: names load on first use
 _HOMES = {
     ".patching": ("Handle", "patch", "patched"),
+    ".training.config": ("ConsistencyConfig",),
+    ".training_patch": ("TrainingHandle", "patch_training"),
     ".trajectory": ("Iteration", "Trajectory", "TrajectoryError"),
     ".verification": ("Verification", "verify"),
 }

@@ -7,7 +7,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class LanguageHead:
         if model.dtype not in known:
             known[model.dtype] = _found(model)
         return known[model.dtype]
+
+    def of_copy(self, model: Any) -> LanguageHead:
+        """The head of a copy of this head's model."""
+        return replace(self, _model=weakref.ref(model))
 
     @property
     def model(self) -> Any:

@@ -1,68 +1,40 @@
-"""A tiny model's trajectories on disk, and a way to train on them."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cllm.training.arguments import ConsistencyTrainingArguments
-from cllm.training.trainer import ConsistencyTrainer
 from tests.decoding.tiny_models import fresh_model
 from tests.decoding.tokenizer import letters_tokenizer
 
-from .tiny_trajectories import store
 
-EVAL_PROMPTS = ["the cat", "a dog sat on", "how many eggs"]
+@pytest.fixture
+def exact_softmax(monkeypatch):
+    """Eager attention asks for its softmax in fp32; in an fp64 model let it be fp64."""
+    softmax = torch.nn.functional.softmax
+
+    def exact(scores, dim=None, _stacklevel=3, dtype=None):
+        return softmax(scores, dim, dtype=None if scores.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact)
 
 
 @pytest.fixture(scope="session")
 def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight responses of the tiny Llama."""
+    """Eight responses of the tiny Llama, as `cllm collect` stores them."""
+    from .tiny_trajectories import store
+
     folder = tmp_path_factory.mktemp("trajectories")
     return store(folder / "llama", fresh_model("llama"), letters_tokenizer())
 
 
 @pytest.fixture
-def make_trainer(trajectories: Path, tmp_path: Path) -> Callable[..., ConsistencyTrainer]:
-    """A trainer of a fresh tiny Llama; keywords are training arguments."""
+def make_trainer(trajectories: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`runs.tiny_trainer` on those, with a folder of its own."""
+    from .runs import tiny_trainer
 
-    def make(
-        *,
-        model: Any = None,
-        dataset: Any = None,
-        prompts: Any = None,
-        base_model: Any = None,
-        **settings: Any,
-    ) -> ConsistencyTrainer:
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "learning_rate": 1e-3,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "eval_max_new_tokens": 16,
-        }
-        torch.manual_seed(0)
-        return ConsistencyTrainer(
-            fresh_model("llama") if model is None else model,
-            ConsistencyTrainingArguments(**{**defaults, **settings}),
-            trajectories if dataset is None else dataset,
-            processing_class=letters_tokenizer(),
-            eval_prompts=prompts,
-            base_model=base_model,
-        )
-
-    return make
-
-
-def losses(trainer: ConsistencyTrainer) -> list[tuple[float, float, float]]:
-    """(loss, consistency, autoregressive) of every training log."""
-    names = ("loss", "consistency_loss", "ar_loss")
-    history = trainer.state.log_history
-    return [tuple(entry[name] for name in names) for entry in history if "loss" in entry]
+    return partial(tiny_trainer, trajectories, tmp_path / "out")

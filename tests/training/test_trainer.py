@@ -15,7 +15,7 @@ from cllm.training.trainer import NonFiniteLossError
 from tests.decoding.tiny_models import fresh_model
 from tests.decoding.tokenizer import letters_tokenizer
 
-from .conftest import EVAL_PROMPTS, losses
+from .runs import EVAL_PROMPTS, losses
 
 
 def parameters(trainer):

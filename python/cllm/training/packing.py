@@ -135,7 +135,9 @@ def check_example(sample: SampledExample) -> None:
                 "response's text there; collect its trajectories again"
             )
     for entry, state in sample.picks:
-        if not (0 <= entry < len(example.blocks) and 0 <= state < len(example.blocks[entry].states)):
+        if not (
+            0 <= entry < len(example.blocks) and 0 <= state < len(example.blocks[entry].states)
+        ):
             raise ValueError(f"{name} has no state {state} of block entry {entry}")
         if state == len(example.blocks[entry].states) - 1:
             raise ValueError(
@@ -196,7 +198,9 @@ class ConsistencyCollator:
             if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be an integer >= 1, not {value!r}")
         if samples_per_row is None and max_columns is None:
-            raise ValueError("samples_per_row=None needs max_columns, which says when a row is full")
+            raise ValueError(
+                "samples_per_row=None needs max_columns, which says when a row is full"
+            )
         self.local = config.consistency == "local"
         self.pad_token_id = pad_token_id
         self.samples_per_row = samples_per_row

@@ -1,0 +1,76 @@
+"""Whether a model's packed forward is what separate forwards are: found out, not assumed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..head import LanguageHead, evaluating
+from ..traits import UnsupportedModelError
+from .config import ConsistencyConfig
+from .examples import BlockStates, TrainingExample
+from .loss import packed_hidden_states
+from .packing import ConsistencyCollator
+from .sampling import SampledExample
+
+
+@torch.no_grad()
+def check_packed_forward(head: LanguageHead, kinds: dict[str, int | None]) -> None:
+    """Compare a packed row of two samples with noisy segments to forwards over single texts.
+
+    Raises:
+        UnsupportedModelError: if they differ by more than rounding: every loss would be wrong.
+    """
+    model = head.model
+    # far above rounding, far below what a wrong mask or position does
+    bound = 1e-2 if model.dtype in (torch.float32, torch.float64) else 0.1
+    samples = [_sample(model.config.get_text_config().vocab_size, seed) for seed in (1, 2)]
+    collator = ConsistencyCollator(ConsistencyConfig(), samples_per_row=2, column_multiple=128)
+    device = model.get_input_embeddings().weight.device
+    batch = {name: value.to(device) for name, value in collator(samples).items()}
+    name = type(model).__name__
+    with evaluating(model):
+        packed = packed_hidden_states(head, kinds, batch)[0].float()
+        errors = []
+        for text, columns in _texts(batch):
+            alone = head.hidden_states(input_ids=text[None])[0].float()[-len(columns) :]
+            errors.append((packed[columns] - alone).norm(dim=-1) / alone.norm(dim=-1))
+    worst = float(torch.cat(errors).nan_to_num(nan=float("inf")).max())
+    if not worst < bound:
+        raise UnsupportedModelError(
+            f"{name} does not give on a packed row what it gives on the same texts one by one "
+            f"(hidden states differ by {worst:.2g}, relative): it does not keep to the mask and "
+            "positions it is given, so it cannot be trained this way"
+        )
+
+
+def _sample(vocabulary: int, seed: int) -> SampledExample:
+    """A prompt of 3 + seed tokens and two blocks of 4, one wrong state each."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (11 + seed,), generator=generator).tolist()
+    prompt, response = tokens[: 3 + seed], tokens[3 + seed :]
+    blocks = []
+    for start in (0, 4):
+        right = response[start : start + 4]
+        wrong = [(token + 1) % vocabulary for token in right]
+        blocks.append(BlockStates([right[:1] * (start > 0) + wrong[start > 0 :], right]))
+    example = TrainingExample(f"probe {seed}", prompt, response, 4, blocks, [0, 1])
+    return SampledExample(example, [(0, 0), (1, 0)])
+
+
+def _texts(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Every text of the row, with the columns in which its last tokens stand: of each sample its
+    clean tokens, of each noisy segment the clean tokens it may see and itself."""
+    tokens, samples, segments, visible = (
+        batch[name][0] for name in ("input_ids", "sample_ids", "segment_ids", "visible")
+    )
+    texts = []
+    for sample in samples.unique().tolist():
+        if sample < 0:
+            continue
+        clean = tokens[(samples == sample) & (segments == 0)]
+        for segment in segments[samples == sample].unique().tolist():
+            columns = ((samples == sample) & (segments == segment)).nonzero().flatten()
+            prefix = 0 if segment == 0 else int(visible[columns[0]])
+            texts.append((torch.cat([clean[:prefix], tokens[columns]]), columns))
+    return texts
