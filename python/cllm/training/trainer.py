@@ -158,10 +158,8 @@ class ConsistencyTrainer(Trainer):
         local = sum((batch.pop("counts") for batch in batches), Counts())
         numbers = torch.tensor(local.numbers(), dtype=torch.float32, device=self.args.device)
         counts = Counts(*self.accelerator.reduce(numbers, "sum").tolist())
-        # gradients are averaged over processes, so each must divide by its share of the counts
-        processes = self.accelerator.num_processes
         for batch in batches:
-            batch["totals"] = (counts.rows / processes, counts.labels / processes)
+            batch["totals"] = (counts.rows, counts.labels)
         self.meter.step(counts)
         self._step_batches, self._batches_in_step = [], len(batches)
         return batches, torch.tensor(counts.labels)
@@ -177,8 +175,14 @@ class ConsistencyTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch: its share of the loss of the whole step."""
         outputs = model(**inputs)
-        self.meter.add(consistency_loss=outputs.consistency_loss, ar_loss=outputs.ar_loss)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        # a process has its share of the sum, and gradients and logs are averaged over processes
+        processes = self.accelerator.num_processes
+        self.meter.add(
+            consistency_loss=outputs.consistency_loss * processes,
+            ar_loss=outputs.ar_loss * processes,
+        )
+        loss = outputs.loss * processes
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch.
