@@ -38,12 +38,20 @@ def guesses(
 
 @torch.no_grad()
 def block_states(
-    model: Any, prompt: list[int], response: list[int], n: int, guess: list[int]
+    model: Any,
+    prompt: list[int],
+    response: list[int],
+    n: int,
+    guess: list[int],
+    *,
+    forced: bool = False,
 ) -> list[list[list[int]]]:
     """Every state of every block, the fixed point last and once.
 
     Args:
         guess: initial guess for every token of the response.
+        forced: the response is not the model's own; what lies before and at a state's first wrong
+            token is put right all the same.
     """
     blocks = []
     for start in range(0, len(response), n):
@@ -54,6 +62,10 @@ def block_states(
             assert len(states) <= len(fixed), "no fixed point: the response is not greedy"
             logits = model(input_ids=torch.tensor([before + states[-1]])).logits[0]
             predicted = logits[len(before) - 1 : -1].argmax(dim=-1).tolist()
+            if forced:
+                pairs = zip(states[-1], fixed, strict=True)
+                first = next(i for i, (left, right) in enumerate(pairs) if left != right)
+                predicted[: first + 1] = fixed[: first + 1]
             states.append(predicted)
         blocks.append(states)
     return blocks

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...fill import Fill, fill_table
 from ..examples import BlockStates, TrainingExample
-from .segments import SegmentForward
+from .segments import SegmentForward, check_segments
 
 # rows of hidden states whose logits are made at a time where the logits themselves are wanted
 _LOGIT_ROWS = 256
@@ -91,6 +91,7 @@ def collect_states(
     """
     ids = [str(row) for row in range(len(prompts))] if ids is None else list(ids)
     _check(model, prompts, responses, ids, blocks, block_size, max_rows, max_tokens)
+    check_segments(model)
     texts = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         count = -(-len(response) // block_size)
@@ -286,14 +287,13 @@ class _Run:
         packed[1, slot] = index
         packed[2, slot] = np.repeat(self.origin[active], counts) + index
         packed[3, slot] = np.repeat(self.origin[active] + first, counts)
-        clean = int(packed[3].max())
         block, inner, position, visible = torch.from_numpy(packed).to(self.device)
         slots = torch.from_numpy(slot).to(self.device)
 
         tokens = torch.where(block >= 0, self.state[block, inner], self.pad)
         shape = batch, width
         hidden = self.forward.segments(
-            tokens.view(shape), block.view(shape), position.view(shape), visible.view(shape), clean
+            tokens.view(shape), block.view(shape), position.view(shape), visible.view(shape)
         )
         predictions = self.forward.head.argmax(hidden.flatten(0, 1)[slots])
         # what lies before and at the first wrong token is known; in blocks already finished too

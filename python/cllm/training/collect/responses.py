@@ -68,9 +68,7 @@ def with_end(
         and (context is None or len(prompt) + len(response) < context)
     ]
     texts = [[*prompts[index], *responses[index]] for index in open_ended]
-    following = respond(
-        responder, texts, max_new_tokens=1, batch_size=batch_size, context=context
-    )
+    following = respond(responder, texts, max_new_tokens=1, batch_size=batch_size, context=context)
     completed = [list(response) for response in responses]
     for index, tokens in zip(open_ended, following, strict=True):
         completed[index] += [token for token in tokens if token in ends]

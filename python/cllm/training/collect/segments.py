@@ -8,6 +8,7 @@ stand at a place of the text and see the text before that place, themselves, and
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,13 +26,14 @@ class _Plan:
     """What all layers of a forward share: where the text ends and the segments begin.
 
     Attributes:
-        clean: cached tokens a row that attention sees.
         room: most segment tokens a row that will come.
-        reading: the text itself is being read.
+        clean: tokens a row of the texts.
+        reading: the texts themselves are being read.
+        width: tokens a row of the current forward.
     """
 
+    room: int
     clean: int = 0
-    room: int = 0
     reading: bool = True
     width: int = 0
 
@@ -128,12 +130,13 @@ class SegmentForward:
 
     def read(self, tokens: Tensor) -> Tensor:
         """Read the texts [B, C], right-padded, and cache them; returns hidden states [B, C, H]."""
-        self.plan.reading, self.plan.width = True, tokens.shape[1]
+        self.plan.reading = True
+        self.plan.clean = self.plan.width = tokens.shape[1]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self._hidden(tokens, None, positions)
 
     def segments(
-        self, tokens: Tensor, segment: Tensor, positions: Tensor, visible: Tensor, clean: int
+        self, tokens: Tensor, segment: Tensor, positions: Tensor, visible: Tensor
     ) -> Tensor:
         """Read segments.
 
@@ -143,12 +146,12 @@ class SegmentForward:
             positions: [B, S] place in the row's text; 0 for padding.
             visible: [B, S] tokens of the text that the token may attend to; 1 for padding, which
                 must attend to something.
-            clean: the largest of `visible`.
 
         Returns:
             Hidden states [B, S, H].
         """
-        self.plan.reading, self.plan.width, self.plan.clean = False, tokens.shape[1], clean
+        self.plan.reading, self.plan.width = False, tokens.shape[1]
+        clean = self.plan.clean
         masks: Any = {
             kind: segment_mask(segment, positions, visible, clean, kind, size, self.mask_dtype)
             for kind, size in self.kinds.items()
@@ -171,6 +174,73 @@ class SegmentForward:
             use_cache=True,
             return_dict=True,
         ).last_hidden_state
+
+
+_proved: weakref.WeakKeyDictionary[Any, set[tuple[str, torch.dtype]]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def check_segments(model: Any) -> None:
+    """Prove once per model that segments give what its plain forward gives for their text.
+
+    A model that reads positions off the places of the keys, say, would give other trajectories
+    without a word.
+
+    Raises:
+        UnsupportedModelError: if it does not.
+    """
+    head = LanguageHead.of(model)
+    inner = head.model
+    key = str(inner.config.get_text_config()._attn_implementation), inner.dtype
+    known = _proved.setdefault(inner, set())
+    if key in known:
+        return
+    try:
+        error = _probe(model, head)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as failure:
+        if isinstance(failure, UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} cannot be fed guesses at several places of a text at once, as "
+            f"collecting does: {type(failure).__name__}: {failure}"
+        ) from failure
+    # far above rounding, far below what a wrong mask or position does to the logits
+    if not error < (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.1):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} gives other logits (relative difference {error:.2g}) when it "
+            "is fed guesses at several places of a text at once, so its trajectories cannot be "
+            "collected this way"
+        )
+    known.add(key)
+
+
+def _probe(model: Any, head: LanguageHead) -> float:
+    """Largest relative error (2-norm over the vocabulary) of two segments in each of two rows."""
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(embedding.shape[0], head.weight.shape[0])
+    text, guesses = (
+        torch.randint(vocabulary, (2, size), generator=generator).to(embedding.device)
+        for size in (12, 6)
+    )
+    starts = [[7, 2], [5, 9]]
+    forward = SegmentForward(model, 6)
+    forward.read(text)
+    number = torch.tensor([0, 0, 0, 1, 1, 1], device=text.device).expand(2, 6)
+    visible = torch.tensor(starts, device=text.device)[:, [0, 0, 0, 1, 1, 1]]
+    positions = visible + torch.arange(6, device=text.device) % 3
+    found = head.logits(forward.segments(guesses, number, positions, visible)).double()
+    errors = []
+    for row in range(2):
+        for segment, start in enumerate(starts[row]):
+            own = slice(3 * segment, 3 * segment + 3)
+            whole = torch.cat([text[row, :start], guesses[row, own]])
+            wanted = model(input_ids=whole[None], use_cache=False).logits[0, start:].double()
+            errors.append((found[row, own] - wanted).norm(dim=-1) / wanted.norm(dim=-1))
+    # nan where a mask leaks garbage: that must not pass
+    return float(torch.cat(errors).nan_to_num(nan=float("inf")).max())
 
 
 def segment_mask(

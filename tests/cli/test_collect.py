@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cllm.training.store import load_trajectories
+
+from .harness import PROMPTS, start, write_prompts
+
+pytest.importorskip("pyarrow")
+
+# the tiny model repeats itself as it likes
+NO_FILTERS = ("--max-cycle", 1, "--max-repeated-ngrams", 1, "--max-repeated-sentences", 1)
+SMALL = ("--max-new-tokens", 24, "--block-size", 8, "--shard-size", 3, *NO_FILTERS)
+
+
+@pytest.fixture
+def collect(run, model_folder, prompts_file):
+    """Run ``cllm collect`` on the 24 prompts."""
+
+    def call(output: Path, *arguments: object, small=SMALL):
+        options = ("--model", model_folder, "--prompts", prompts_file, "--output", output)
+        return run("collect", *options, *small, *arguments)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder):
+    """An uninterrupted run's folder."""
+    from cllm.cli import main
+
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = write_prompts(folder / "prompts.jsonl", PROMPTS)
+    arguments = ("--model", model_folder, "--prompts", prompts, "--output", folder / "out")
+    assert main(["collect", *map(str, (*arguments, *SMALL))]) == 0
+    return folder / "out"
+
+
+def rows(folder: Path) -> list:
+    return list(load_trajectories(folder))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
+
+
+def test_rows_are_the_models_greedy_text(whole, model_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cllm.responders import make_responder
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    data = rows(whole)
+    assert [example.id for example in data] == [str(number) for number in range(24)]
+    responder = make_responder(model, "huggingface")
+    for example, text in zip(data, PROMPTS, strict=True):
+        chat = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert example.prompt == ids
+        assert [example.response] == responder([ids], 24)
+        assert [token for block in example.blocks for token in block.fixed_point] == (
+            example.response
+        )
+    ended = {example.response[-1] == tokenizer.eos_token_id for example in data}
+    assert ended == {True, False}  # both kinds are there
+
+
+def test_summary_and_manifest(collect, whole, tmp_path):
+    result = collect(tmp_path / "out", "--json")
+    summary = json.loads(result.out)
+    manifest = load_trajectories(whole).manifest
+    assert result.code == 0 and "24 of 24 prompts, 8 of 8 shards" in result.err
+    assert summary["settings"]["prompts"] == 24 and summary["complete"]
+    assert summary["statistics"] == manifest.statistics
+    assert summary["settings"]["counts"] == manifest.settings["counts"]
+    assert manifest.settings["counts"]["response_tokens"] == sum(
+        len(example.response) for example in rows(whole)
+    )
+    again = collect(tmp_path / "out")
+    assert again.code == 0 and "continuing: 8 of 8 shards are there" in again.err
+    lines = {line.split()[0]: line.split()[1:] for line in again.out.splitlines() if line.strip()}
+    assert lines["prompts"] == ["24"] and lines["kept"] == ["24"]
+
+
+def test_engines_and_batches_give_the_same_files(collect, whole, tmp_path):
+    assert collect(tmp_path / "a", "--engine", "huggingface").code == 0
+    assert collect(tmp_path / "b", "--batch-size", 2).code == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b") == files(whole)
+
+
+def test_killed_at_random_times_and_continued(collect, whole, tmp_path, model_folder, prompts_file):
+    output = tmp_path / "out"
+    options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
+    generator = random.Random(5)
+    kept = 0
+    for _ in range(3):
+        process = start("collect", *options)
+        records = output / "progress"
+        deadline = time.monotonic() + 100
+        while len(list(records.glob("0*.json"))) == kept and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert len(list(records.glob("0*.json"))) > kept
+        kept = len(list(records.glob("0*.json")))
+        assert not (output / "manifest.json").exists()
+        for name, content in files(output).items():
+            if name.endswith(".parquet"):
+                assert content == files(whole)[name]
+    (output / "part-00007.parquetxyz.part").write_bytes(b"half a file")
+    result = collect(output)
+    assert result.code == 0 and f"continuing: {kept} of 8 shards are there" in result.err
+    assert files(output) == files(whole)
+    assert rows(output) == rows(whole)
+
+
+def test_two_processes_give_the_same_files(whole, tmp_path, model_folder, prompts_file):
+    output = tmp_path / "out"
+    options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    roots = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "-m", "cllm.cli", "collect", *map(str, options)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*roots, os.environ["PYTHONPATH"]])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2: 12 of 12 prompts, 4 of 4 shards" in done.stderr
+    assert done.stdout.count("is ready to train on") >= 1
+    assert files(output) == files(whole)
+    assert rows(output) == rows(whole)
+
+
+def test_interrupt_says_what_was_kept(tmp_path, model_folder):
+    output = tmp_path / "out"
+    many = write_prompts(tmp_path / "many.jsonl", [f"{p} {n}" for n in range(20) for p in PROMPTS])
+    process = start("collect", "--model", model_folder, "--prompts", many, "--output", output,
+                    *SMALL)  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (output / "progress" / "00001.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    count = len(list((output / "progress").glob("0*.json")))
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        f"cllm: interrupted: {count} of 160 shards are in {output}; "
+        "run the same command to continue"
+    )
+
+
+def test_disk_full_keeps_what_is_whole(tmp_path, model_folder, prompts_file, whole, collect):
+    """The limit on a file's size stands for the disk: the write fails in the middle."""
+    output = tmp_path / "out"
+    largest = sorted(path.stat().st_size for path in whole.glob("part-*"))
+    limit = (largest[0] + largest[-1]) // 2
+    assert largest[0] < limit < largest[-1]
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from cllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "collect", *map(str, options)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    kept = len(list((output / "progress").glob("0*.json")))
+    error = done.stderr.splitlines()[-1]
+    assert "File too large" in error and f"{kept} of 8 shards are in {output}" in error
+    assert not list(output.glob("*.part")) and len(files(output)) == kept < 8
+    assert collect(output).code == 0
+    assert files(output) == files(whole)
+
+
+def test_other_settings_are_refused(collect, whole, tmp_path, run):
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    result = collect(output, "--seed", 5, "--max-cycle", 0.5)
+    assert result.code == 2
+    assert "other settings (cleaning.max_cycle 1.0 -> 0.5, seed 0 -> 5)" in result.error
+    assert "--overwrite" in result.error
+    assert "rows" in collect(output, "--limit", 5).error
+    assert files(output) == files(whole)
+    assert collect(output, "--limit", 5, "--overwrite").code == 0
+    assert len(rows(output)) == 5
+
+
+def test_foreign_and_damaged_shards(collect, whole, tmp_path):
+    output = tmp_path / "foreign"
+    output.mkdir()
+    shutil.copy(whole / "part-00000.parquet", output)
+    assert "holds part-00000.parquet, but nothing tells of a run" in collect(output).error
+    output = tmp_path / "more"
+    shutil.copytree(whole, output)
+    shutil.copy(whole / "part-00000.parquet", output / "part-00099.parquet")
+    assert "part-00099.parquet belongs to no shard of this run" in collect(output).error
+    (output / "part-00099.parquet").unlink()
+    damaged = output / "part-00003.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    error = collect(output).error
+    assert "part-00003.parquet is damaged" in error and "delete it" in error
+    damaged.unlink()
+    result = collect(output)
+    assert result.code == 0 and "continuing: 7 of 8" in result.err
+    assert files(output) == files(whole)
+
+
+def test_two_runs_at_once_are_refused(collect, tmp_path, monkeypatch):
+    import fcntl
+
+    output = tmp_path / "out"
+    (output / "progress").mkdir(parents=True)
+    with open(output / "progress" / "process-0.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert "another process (rank 0) is writing" in collect(output).error
+    with open(output / "progress" / "process-3.lock", "w+") as stream:
+        stream.write("4")
+        stream.flush()
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert "another run of 4 process(es) is writing" in collect(output).error
+        # a sibling's lock is none of our business
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        result = collect(output)
+        assert result.code == 0 and "the others are still at work (2 of 8 shards)" in result.err
+    monkeypatch.setenv("RANK", "4")
+    assert "RANK=4 of WORLD_SIZE=4" in collect(output).error
+    monkeypatch.setenv("RANK", "one")
+    assert "RANK is 'one'" in collect(output).error
+
+
+def test_recipe_file(collect, whole, tmp_path, run, model_folder):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"collect:\n  prompts: {prompts}\n  output: {tmp_path / 'out'}\n  model: {model_folder}\n"
+        "  max-new-tokens: 24\n  block_size: 99\n  shard-size: 3\n  max-cycle: 1\n"
+        "  max-repeated-ngrams: 1.0\n  max-repeated-sentences: 1\n  drop-cut: false\n"
+        "  where: ['prompt!=nothing']\n  limit:\ntrain:\n  lr: 1\n"
+    )
+    result = run("collect", "--config", recipe, "--block-size", 8)
+    assert result.code == 0, result.err
+    assert files(tmp_path / "out") == files(whole)
+    for text, message in (
+        ("blocksize: 8", "'blocksize' is no option of cllm collect"),
+        ("- a", "expected options as `name: value`"),
+        ("a: [", "line 1: not YAML"),
+        ("block-size: many", "many"),
+    ):
+        recipe.write_text(text)
+        result = run("collect", "--config", recipe, "--prompts", prompts, "--output", tmp_path)
+        assert result.code == 2 and message in result.error
+    assert "No such file" in run("collect", "--config", tmp_path / "no.yaml").error
+
+
+def brought(path: Path, data: list, key) -> Path:
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": text, "response": key(example)}) + "\n"
+            for text, example in zip(PROMPTS, data, strict=True)
+        )
+    )
+    return path
+
+
+def test_brought_responses(run, whole, tmp_path, model_folder):
+    end = 0
+    data = rows(whole)
+
+    def bring(name: str, key, *arguments: object):
+        prompts = brought(tmp_path / f"{name}.jsonl", data, key)
+        options = ("--model", model_folder, "--prompts", prompts, "--output", tmp_path / name)
+        return run("collect", *options, *SMALL, "--response-column", "response", *arguments)
+
+    def wrong(example, count: int):
+        if int(example.id) < count:
+            return [*example.response[:-2], (example.response[-2] + 1) % 50 + 5, 3]
+        return example.response
+
+    assert bring("ids", lambda example: example.response).code == 0
+    assert files(tmp_path / "ids") == files(whole)
+    # engines leave the end-of-text token out
+    ended = lambda e: e.response[:-1] if e.response[-1] == end else e.response  # noqa: E731
+    assert bring("ended", ended).code == 0
+    assert files(tmp_path / "ended") == files(whole)
+
+    result = bring("one", lambda example: wrong(example, 1))
+    assert result.code == 0
+    assert "1  not the model's output" in " ".join(result.out.split(" ")).replace("   ", " ")
+    assert rows(tmp_path / "one") == data[1:]
+    result = bring("four", lambda example: wrong(example, 4))
+    assert result.code == 2
+    assert "2 of 3 responses" in result.error or "of 6 responses" in result.error
+    assert "are not the model's output" in result.error
+    result = bring("four", lambda example: wrong(example, 4), "--max-mismatch", 0.5)
+    assert result.code == 0 and len(rows(tmp_path / "four")) == 20
+    result = bring("foreign", lambda example: [99999])
+    assert result.code == 2 and "the token id 99999, but the model's vocabulary" in result.error
+
+
+def test_brought_text(run, whole, tmp_path, model_folder):
+    """Text is cut into tokens as the model would have written it, where that can be."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    data = rows(whole)
+
+    def text(example) -> str:
+        return tokenizer.decode(example.response, skip_special_tokens=True)
+
+    prompts = brought(tmp_path / "text.jsonl", data, text)
+    options = ("--model", model_folder, "--prompts", prompts, "--output", tmp_path / "out")
+    result = run("collect", *options, *SMALL, "--response-column", "response",
+                 "--max-mismatch", 1)  # fmt: skip
+    assert result.code == 0
+    same = {
+        example.id: example
+        for example in data
+        if tokenizer(text(example), add_special_tokens=False)["input_ids"]
+        == [token for token in example.response if token not in tokenizer.all_special_ids]
+        and not set(example.response[:-1]) & set(tokenizer.all_special_ids)
+    }
+    found = {example.id: example for example in rows(tmp_path / "out")}
+    assert same and all(found[name] == example for name, example in same.items())
+
+
+def test_dropped_rows_are_counted(run, tmp_path, model_folder):
+    prompts = write_prompts(
+        tmp_path / "prompts.jsonl", [PROMPTS[0], f" {PROMPTS[0]} ", "eggs and " * 400, *PROMPTS[1:]]
+    )
+    options = ("--model", model_folder, "--prompts", prompts, "--output", tmp_path / "out")
+    result = run("collect", *options, *SMALL, "--drop-cut", "--json")
+    dropped = json.loads(result.out)["dropped"]
+    assert dropped["prompt seen before"] == 1
+    assert dropped["prompt longer than the context"] == 1
+    assert dropped["response cut by the limit"] > 0
+    assert len(rows(tmp_path / "out")) == 26 - sum(dropped.values())
+
+
+def test_nothing_is_left(run, tmp_path, model_folder):
+    prompts = write_prompts(tmp_path / "long.jsonl", ["eggs and " * 400, "x " * 600])
+    options = ("--model", model_folder, "--output", tmp_path / "out")
+    result = run("collect", *options, *SMALL, "--prompts", prompts)
+    assert result.code == 2
+    assert "nothing is left of 2 prompts: 2 prompt longer than the context" in result.error
+
+
+def test_block_size_larger_than_every_response(collect, tmp_path):
+    result = collect(tmp_path / "a", "--block-size", 25)
+    assert "block_size=25 is larger than every response: max_new_tokens is 24" in result.error
+    result = collect(tmp_path / "b", "--block-size", 20, "--max-new-tokens", 20, "--where",
+                     f"prompt={PROMPTS[0]}")  # fmt: skip
+    assert result.code in (0, 2)
+
+
+def test_nan_logits(run, tmp_path, model_folder, prompts_file):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    model.save_pretrained(broken)
+    for engine in ("jacobi", "huggingface"):
+        result = run("collect", "--model", broken, "--prompts", prompts_file, "--output",
+                     tmp_path / engine, "--engine", engine, *SMALL)  # fmt: skip
+        assert result.code == 2 and "the model gives NaN logits in float32" in result.error
