@@ -299,7 +299,8 @@ def negative_log_likelihoods(
             width = max(len(texts[row]) for row in rows)
             ids = torch.zeros(len(rows), width, dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            columns, owners = [], []
+            columns: list[int] = []
+            owners: list[int] = []
             for line, row in enumerate(rows):
                 ids[line, : len(texts[row])] = torch.tensor(texts[row])
                 mask[line, : len(texts[row])] = 1

@@ -49,6 +49,11 @@ def test_accumulated_batches_are_one_batch(make_trainer, accumulation):
     assert whole.meter.state() == parts.meter.state()
 
 
+def likelihoods(trainer):
+    history = trainer.state.log_history
+    return [entry["eval_nll_under_base"] for entry in history if "eval_tokens" in entry]
+
+
 class StopAt(TrainerCallback):
     """Interrupts a run right after a step, as a user does."""
 
@@ -100,7 +105,11 @@ def test_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path, set
     assert second.meter.state() == whole.meter.state()
     assert second.watch.state() == whole.watch.state()
     evaluations = [
-        [entry["eval_nll_under_base"] for entry in trainer.state.log_history if "eval_tokens" in entry]
+        [
+            entry["eval_nll_under_base"]
+            for entry in trainer.state.log_history
+            if "eval_tokens" in entry
+        ]
         for trainer in (whole, second)
     ]
     assert len(evaluations[0]) == 3 and evaluations[0] == evaluations[1]

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import (
-    CommandError,
     CommandInterrupted,
     DebugOption,
     Dtype,
     diagnostics,
-    load,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..prompts import Prompt
     from ..training.arguments import ConsistencyTrainingArguments
     from ..training.trainer import ConsistencyTrainer
-
-# flags and recipe keys that have another name among the training arguments
-_SHORT = {
-    "output": "output_dir",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "eval_batch_size": "per_device_eval_batch_size",
-}
-# what this command uses itself
-_OWN = ("model", "trajectories", "eval_prompts", "eval_limit", "dtype", "resume", "threads")
 
 
 def train(
@@ -141,6 +126,14 @@ def train(
             "--eval-prompts", metavar="FILE", help="Held-out prompts to measure speed and quality."
         ),
     ] = None,
+    eval_column: Annotated[
+        str | None,
+        typer.Option("--eval-column", help="Column with the prompt.  [default: prompt]"),
+    ] = None,
+    eval_template: Annotated[
+        str | None,
+        typer.Option("--eval-template", help="Prompt made of several columns: text with {column}."),
+    ] = None,
     eval_limit: Annotated[
         int | None,
         typer.Option("--eval-limit", min=1, help="Use the first so many.  [default: 32]"),
@@ -190,98 +183,13 @@ def train(
         given["report_to"] = _split(given["report_to"])
     console = diagnostics()
     with console.status("starting torch and transformers"):
-        own, arguments = settings(config, given)
-    args = _arguments(own, arguments)
-    main = args.process_index == 0
-    if not main:
-        console.quiet = True
-    trainer = _prepare(own, args, console)
+        from .train_settings import prepare, read_settings, training_arguments
+
+        own, arguments = read_settings(config, given)
+        args = training_arguments(own, arguments)
+    console.quiet = args.process_index != 0
+    trainer = prepare(own, args, console)
     return _run(trainer, own, args, console)
-
-
-def settings(config: Path | None, flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings of this command, training arguments) of a recipe file and flags; flags win.
-
-    Raises:
-        RecipeError: a bad recipe. OSError: one that cannot be read.
-    """
-    from ..training.arguments import ConsistencyTrainingArguments
-    from ..training.recipe import RecipeError, read_recipe
-
-    names = {entry.name for entry in fields(ConsistencyTrainingArguments) if entry.init}
-    known = names | set(_SHORT) | set(_OWN)
-    values = {} if config is None else read_recipe(config, "train", sorted(known))
-    for short, long in _SHORT.items():
-        if short in values and long in values:
-            raise RecipeError(f"{config}: {short!r} and {long!r} are one setting; give one of them")
-    values = {_SHORT.get(name, name): value for name, value in values.items()}
-    values |= {_SHORT.get(name, name): value for name, value in flags.items()}
-    # transformers renamed the field and warns of the old name
-    if "activation_checkpointing" in names and "gradient_checkpointing" in values:
-        values["activation_checkpointing"] = values.pop("gradient_checkpointing")
-    own = {name: values.pop(name) for name in _OWN if name in values}
-    return own, values
-
-
-def _arguments(own: dict[str, Any], values: dict[str, Any]) -> ConsistencyTrainingArguments:
-    from ..training.arguments import ConsistencyTrainingArguments
-    from ..training.checkpoints import last_checkpoint
-
-    if not values.get("output_dir"):
-        raise CommandError("say where the model goes: --output FOLDER")
-    if not own.get("trajectories"):
-        raise CommandError("say what to train on: --trajectories FOLDER (`cllm collect` makes one)")
-    if isinstance(own["trajectories"], str):
-        own["trajectories"] = [own["trajectories"]]
-    if values.get("eval_steps") is not None:
-        values.setdefault("eval_strategy", "steps")
-        if not own.get("eval_prompts"):
-            raise CommandError("--eval-steps needs --eval-prompts FILE")
-    args = ConsistencyTrainingArguments(**{"disable_tqdm": True, **values})
-    output = Path(args.output_dir)
-    if output.is_file():
-        raise CommandError(f"{output} is a file; name a folder")
-    found = last_checkpoint(output)
-    if found is not None and not own.get("resume"):
-        raise CommandError(
-            f"{output} holds checkpoints of an earlier run ({found.name}); go on with it by "
-            "--resume last, or give another --output"
-        )
-    return args
-
-
-def _prepare(
-    own: dict[str, Any], args: ConsistencyTrainingArguments, console: Console
-) -> ConsistencyTrainer:
-    from ..training.store import load_trajectories
-    from ..training.trainer import ConsistencyTrainer
-
-    dtype = own.get("dtype", Dtype.float32)
-    if dtype not in list(Dtype):
-        names = ", ".join(Dtype)
-        raise CommandError(f"dtype must be one of {names}, not {dtype!r}")
-    # before the model, which takes longer to load
-    dataset = load_trajectories(*own["trajectories"])
-    prompts = _eval_prompts(own, dataset.manifest.settings)
-    loaded = load(own.get("model"), Dtype(dtype), "cpu", own.get("threads"), console)
-    load_trajectories(*own["trajectories"], tokenizer=loaded.tokenizer, checksum=False)
-    recipe = {name: str(value) for name, value in own.items()} | {"model": loaded.name}
-    return ConsistencyTrainer(
-        loaded.model,
-        args,
-        dataset,
-        processing_class=loaded.tokenizer,
-        eval_prompts=prompts,
-        recipe=recipe,
-    )
-
-
-def _eval_prompts(own: dict[str, Any], collected: dict[str, Any]) -> list[Prompt] | None:
-    from ..prompts import read_prompts
-
-    if not own.get("eval_prompts"):
-        return None
-    return read_prompts(own["eval_prompts"])[: own.get("eval_limit") or 32]
 
 
 def _run(
@@ -303,16 +211,18 @@ def _run(
     except KeyboardInterrupt as error:
         from ..training.checkpoints import last_checkpoint
 
-        found = last_checkpoint(args.output_dir)
-        kept = "no checkpoint was written yet" if found is None else (
-            f"{found} is there; go on with --resume last"
+        found = last_checkpoint(trainer.output_folder)
+        kept = (
+            "no checkpoint was written yet"
+            if found is None
+            else (f"{found} is there; go on with --resume last")
         )
         raise CommandInterrupted(f"interrupted at step {trainer.state.global_step}: {kept}") from (
             error
         )
     finally:
         view.close()
-    trainer.save_model(args.output_dir)
+    trainer.save_model()
     if args.process_index == 0:
         _report(trainer, args)
     return 0
@@ -347,7 +257,7 @@ def _report(trainer: ConsistencyTrainer, args: ConsistencyTrainingArguments) -> 
                 f"best model, step {watch.best_step}, {watch.best_tokens_per_forward:.2f} tokens "
                 f"per forward: {trainer.best_folder}"
             )
-    say(f"last model, step {trainer.state.global_step}: {args.output_dir}")
+    say(f"last model, step {trainer.state.global_step}: {trainer.output_folder}")
 
 
 def _split(text: str) -> list[str]:

@@ -45,9 +45,7 @@ class TrainView(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
         if "eval_tokens_per_forward" in logs:
@@ -88,9 +86,7 @@ def evaluation_line(metrics: Mapping[str, float]) -> str:
     return f"{line}; {inside} the bound{best}"
 
 
-def results_table(
-    base: Evaluation, history: list[dict[str, Any]], best_step: int | None
-) -> Table:
+def results_table(base: Evaluation, history: list[dict[str, Any]], best_step: int | None) -> Table:
     """Every evaluation of a run beside the base model's.
 
     Args:

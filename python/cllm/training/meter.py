@@ -44,7 +44,9 @@ class Counts:
         )
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Counts(
+            **{name: value + getattr(other, name) for name, value in asdict(self).items()}
+        )
 
     def numbers(self) -> list[float]:
         """In the order of the fields."""

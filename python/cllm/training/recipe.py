@@ -124,7 +124,9 @@ def _load(name: str) -> dict[Any, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise RecipeError(f"{name}{place}: not YAML ({getattr(error, 'problem', error)})") from error
+        raise RecipeError(
+            f"{name}{place}: not YAML ({getattr(error, 'problem', error)})"
+        ) from error
     if not isinstance(content, dict) or not content:
         raise RecipeError(f"{name} holds no settings; it takes one `key: value` a line")
     return content

@@ -204,10 +204,12 @@ class ConsistencyTrainer(Trainer):
             return
         where = ""
         if bad.any():
-            name = "nan_batch.pt" if self.args.world_size == 1 else (
-                f"nan_batch_{self.args.process_index}.pt"
+            name = (
+                "nan_batch.pt"
+                if self.args.world_size == 1
+                else (f"nan_batch_{self.args.process_index}.pt")
             )
-            path = Path(self.args.output_dir) / name
+            path = self.output_folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [inputs for (inputs, _), lost in zip(batches, bad.tolist(), strict=True) if lost]
             content = {
@@ -234,14 +236,16 @@ class ConsistencyTrainer(Trainer):
 
     # -- the run --------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train; with True or a folder, go on from a checkpoint.
 
         Raises:
             CheckpointError: if there is no whole checkpoint there.
             NonFiniteLossError: the loss became infinite or NaN.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.output_folder)
         if self.args.should_save:
             recover_folder(self.best_folder)
         self._handle = patch_training(self.model, self.args.consistency_config())
@@ -253,7 +257,7 @@ class ConsistencyTrainer(Trainer):
                 self._held_out.prepare(self)
             self.meter.restart()
             where = None if checkpoint is None else str(checkpoint)
-            return super().train(resume_from_checkpoint=where, **kwargs)
+            return super().train(where, *args, **kwargs)
         finally:
             self._handle.remove()
             self._handle = None
@@ -315,9 +319,15 @@ class ConsistencyTrainer(Trainer):
     # -- saving ---------------------------------------------------------------------------------
 
     @property
+    def output_folder(self) -> Path:
+        """Where checkpoints and models go."""
+        # transformers fills the argument in where it is not given
+        return Path(str(self.args.output_dir))
+
+    @property
     def best_folder(self) -> Path:
         """Where the best model inside the quality bound is, once there is one."""
-        return Path(self.args.output_dir) / BEST
+        return self.output_folder / BEST
 
     def _save_best(self, metrics: dict[str, float]) -> None:
         if not self.args.should_save:
@@ -346,14 +356,14 @@ class ConsistencyTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         else:
-            self._export(output_dir if output_dir is not None else self.args.output_dir)
+            self._export(output_dir if output_dir is not None else str(self.output_folder))
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._save_recipe(output_dir if output_dir is not None else self.args.output_dir)
+            self._save_recipe(output_dir if output_dir is not None else str(self.output_folder))
 
     def _save_recipe(self, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -380,7 +390,7 @@ class ConsistencyTrainer(Trainer):
             )
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                state = {"meter": self.meter.state(), "quality": self.watch.state()}
+                state: dict[str, Any] = {"meter": self.meter.state(), "quality": self.watch.state()}
                 if self._held_out is not None:
                     state["base"] = self._held_out.state()
                 write_json(folder / STATE_FILE, state)
