@@ -1,4 +1,4 @@
-"""The final number of a worked answer: GSM8K's ``#### 42``, or the last number of a model's text."""
+"""The number that a worked answer ends on: GSM8K's ``#### 42``, or a text's last number."""
 
 from __future__ import annotations
 

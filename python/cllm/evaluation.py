@@ -1,9 +1,9 @@
 """How fast a model decodes held-out prompts, and what that cost in quality: one measurement for the
 training loop, the command line and the published tables.
 
-A model that repeats itself is easy to guess and so decodes in few forward passes. Tokens per forward
-therefore never come alone: beside them stand the negative log-likelihood of the text under the base
-model, its repetition, and its agreement with the base model's own text.
+A model that repeats itself is easy to guess and so decodes in few forward passes. Tokens per
+forward therefore never come alone: beside them stand the negative log-likelihood of the text under
+the base model, its repetition, and its agreement with the base model's own text.
 """
 
 from __future__ import annotations

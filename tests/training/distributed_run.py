@@ -21,14 +21,12 @@ def main(trajectories: str, output: str, settings: str) -> None:
     prompts = EVAL_PROMPTS if given.get("eval_strategy") else None
     trainer = tiny_trainer(Path(trajectories), Path(output), prompts=prompts, **given)
     trainer.train()
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     trainer.save_model(output)
     if trainer.args.process_index == 0:
         history = trainer.state.log_history
         evaluations = [entry for entry in history if "eval_tokens_per_forward" in entry]
         result = {
             "processes": trainer.accelerator.num_processes,
-            "sharded": sharded,
             "losses": losses(trainer),
             "trained": trainer.meter.state(),
             "evaluations": evaluations,

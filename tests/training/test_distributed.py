@@ -16,6 +16,7 @@ import cllm
 import cllm_kernels
 
 from .distributed_run import main
+from .sharded_run import steps as sharded_steps
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,8 @@ SETTINGS = {
 }
 
 
-def run(trajectories: Path, output: Path, **settings: object) -> dict:
+def launch(arguments: list[str], good: bool = True) -> subprocess.CompletedProcess[str]:
+    """Two processes of a module with its arguments."""
     roots = {str(Path(package.__file__).parents[1]) for package in (cllm, cllm_kernels)}
     here = str(Path(__file__).parents[2])
     environment = {
@@ -40,18 +42,23 @@ def run(trajectories: Path, output: Path, **settings: object) -> dict:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    given = json.dumps({**SETTINGS, **settings})
-    arguments = ["-m", "tests.training.distributed_run", str(trajectories), str(output), given]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
-        [sys.executable, *launch, *arguments],
+        [sys.executable, *torchrun, "-m", *arguments],
         env=environment,
         cwd=here,
         capture_output=True,
         text=True,
         timeout=110,
     )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert (finished.returncode == 0) == good, finished.stderr[-4000:]
+    return finished
+
+
+def run(trajectories: Path, output: Path, **settings: object) -> dict:
+    """What two processes of `distributed_run` left."""
+    given = json.dumps({**SETTINGS, **settings})
+    launch(["tests.training.distributed_run", str(trajectories), str(output), given])
     return json.loads((output / "result.json").read_text())
 
 
@@ -83,22 +90,23 @@ def compare(alone, folder, result):
 
 def test_ddp_is_one_process(alone, trajectories, tmp_path):
     result = run(trajectories, tmp_path, per_device_train_batch_size=1)
-    assert not result["sharded"]
     compare(alone, tmp_path, result)
 
 
-def test_fsdp2_is_one_process(alone, trajectories, tmp_path):
-    config = {
-        "fsdp_version": 2,
-        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
-    }
-    result = run(
-        trajectories,
-        tmp_path,
-        per_device_train_batch_size=1,
-        fsdp="full_shard auto_wrap",
-        fsdp_config=config,
+def test_fsdp2_is_one_process(trajectories, tmp_path):
+    # accelerate shards on GPUs only, so this is torch's own FSDP2 around the patched model
+    alone = sharded_steps(trajectories)
+    launch(["tests.training.sharded_run", str(trajectories), str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (alone["processes"], result["processes"]) == (1, 2)
+    assert result["sharded"] and not alone["sharded"]
+    assert result["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert result["norms"] == pytest.approx(alone["norms"], rel=1e-6)
+
+
+def test_fsdp_that_would_not_shard_is_refused(trajectories, tmp_path):
+    given = json.dumps({"fsdp": True, "max_steps": 1})
+    finished = launch(
+        ["tests.training.distributed_run", str(trajectories), str(tmp_path), given], good=False
     )
-    assert result["sharded"]
-    compare(alone, tmp_path, result)
+    assert "accelerate does not shard a model on cpu" in finished.stderr

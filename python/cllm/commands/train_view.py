@@ -94,30 +94,19 @@ def results_table(base: Evaluation, history: list[dict[str, Any]], best_step: in
         history: ``trainer.state.log_history``.
         best_step: the step that was chosen, None for none.
     """
-    table = Table(title="held-out prompts", title_justify="left")
-    table.add_column("step", justify="right")
-    for name in (
-        "noisy tokens",
-        "tokens per forward",
-        "NLL under base",
-        "repetition",
-        "same text",
-        "tokens a text",
-    ):
-        table.add_column(name, justify="right")
-    table.add_column("quality bound")
+    table = Table(title=f"{base.prompts} held-out prompts", title_justify="left")
+    for name in ("step", "noisy tokens", "tokens/forward", "NLL", "repeated", "same", "length"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
     table.add_row("base", "0", *_figures(base.metrics(), ""), "")
-    trained = "0"
     for entry in history:
-        if "noisy_tokens" in entry:
-            trained = f"{entry['noisy_tokens']:,.0f}"
         if "eval_tokens_per_forward" not in entry:
             continue
         best = entry["step"] == best_step
         inside = "inside" if entry["eval_inside_bound"] else "outside"
         table.add_row(
             str(entry["step"]),
-            trained,
+            f"{entry['eval_noisy_tokens']:,.0f}",
             *_figures(entry, "eval_"),
             "inside, best" if best else inside,
             style="bold" if best else None,

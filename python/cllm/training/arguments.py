@@ -72,7 +72,7 @@ class ConsistencyTrainingArguments(TrainingArguments):
     eval_max_new_tokens: int = field(default=128, metadata={"help": "tokens a text in evaluation"})
     eval_block_size: int | None = field(default=None, metadata={"help": "n in evaluation"})
     max_nll_increase: float = field(default=0.05, metadata={"help": "bound on the likelihood"})
-    repetition_slack: float = field(default=0.0, metadata={"help": "bound on the repetition"})
+    repetition_slack: float = field(default=0.01, metadata={"help": "bound on the repetition"})
     quality_patience: int = field(default=2, metadata={"help": "evaluations outside the bound"})
     stop_on_quality: bool = field(default=True, metadata={"help": "stop outside of the bound"})
 
@@ -156,7 +156,9 @@ def wrong_types(arguments: TrainingArguments) -> list[str]:
     for entry in fields(arguments):
         value = getattr(arguments, entry.name)
         allowed = _plain_types(hints.get(entry.name))
-        if allowed is None or value is None or _is_one_of(value, allowed):
+        # a flag that takes text, and may stand there without it
+        bare = "const" in entry.metadata and value == entry.metadata["const"]
+        if allowed is None or value is None or bare or _is_one_of(value, allowed):
             continue
         names = " or ".join(_NAMES[kind] for kind in allowed)
         problems.append(f"{entry.name} must be {names}, not {value!r}")

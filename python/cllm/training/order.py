@@ -1,4 +1,4 @@
-"""Which response is trained on when, and with which noisy states: a function of (seed, epoch, row)."""
+"""What is trained on when, and with which noisy states: a function of (seed, epoch, row)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class QualityBound:
     """
 
     max_nll_increase: float = 0.05
-    repetition_slack: float = 0.0
+    repetition_slack: float = 0.01
 
     def violations(self, metrics: Mapping[str, float]) -> list[str]:
         """What lies outside the bound, in words; empty inside.

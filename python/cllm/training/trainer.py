@@ -113,6 +113,11 @@ class ConsistencyTrainer(Trainer):
             callbacks=[*(callbacks or []), _Hooks(self)],
             optimizers=optimizers,
         )
+        if args.fsdp and args.world_size > 1 and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp was asked for, but accelerate does not shard a model on {args.device.type}; "
+                "leave fsdp out"
+            )
         # `compute_loss` divides by the counts of the whole step: nothing else may divide again
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -279,6 +284,7 @@ class ConsistencyTrainer(Trainer):
         with self.meter.paused():
             result = self._held_out.measure(self)
             metrics = result.metrics()
+            metrics["noisy_tokens"] = self.meter.total.nominal
             verdict = self._judge(metrics)
             named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             self.log(named)
