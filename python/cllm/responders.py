@@ -38,7 +38,15 @@ def make_responder(model: Any, engine: Engine = "jacobi", *, block_size: int = 1
     pad = model.generation_config.pad_token_id
     pad = pad if pad is not None else (min(ends) if ends else 0)
 
+    settled = False
+
     def respond(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        nonlocal settled
+        if not prompts:
+            return []
+        if not settled:
+            _settle(model, prompts[0], engine, config, pad)
+            settled = True
         input_ids, mask = left_padded(prompts, pad)
         inputs: dict[str, Any] = {
             "input_ids": input_ids.to(model.device),
@@ -54,6 +62,22 @@ def make_responder(model: Any, engine: Engine = "jacobi", *, block_size: int = 1
         return [up_to_end(row[width:].tolist(), ends) for row in sequences]
 
     return respond
+
+
+@torch.no_grad()
+def _settle(
+    model: Any, prompt: Sequence[int], engine: Engine, config: JacobiConfig, pad: int
+) -> None:
+    """See that the model gives numbers, and let the decoder choose how to feed it.
+
+    The decoder tries ways of feeding it that may give NaN, which `no_nan` must not see.
+    """
+    tokens = torch.tensor([list(prompt)], device=model.device)
+    with no_nan(model):
+        model(input_ids=tokens, use_cache=False)
+    if engine == "jacobi":
+        with plain_generation(model, pad):
+            generate(model, tokens, max_new_tokens=1, config=config)
 
 
 def end_tokens(model: Any) -> frozenset[int]:

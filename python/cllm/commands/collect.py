@@ -149,9 +149,7 @@ def collect(
     ] = 0.0,
     take: Annotated[
         Take,
-        typer.Option(
-            "--take", help="The rows held out, or the others.", rich_help_panel=_SOURCE
-        ),
+        typer.Option("--take", help="The rows held out, or the others.", rich_help_panel=_SOURCE),
     ] = Take.train,
     shuffle_seed: Annotated[
         int | None,
@@ -198,9 +196,7 @@ def collect(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Prompts in one forward.")
     ] = 8,
-    shard_size: Annotated[
-        int, typer.Option("--shard-size", min=1, help="Prompts of a file.")
-    ] = 32,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Prompts of a file.")] = 32,
     max_mismatch: Annotated[
         float,
         typer.Option(

@@ -18,7 +18,12 @@ from cllm.training.collect.sources import (
 )
 
 ROWS = [
-    {"db": f"db{number % 5}", "question": f"q{number}?", "schema": f"t{number}", "level": number % 3}
+    {
+        "db": f"db{number % 5}",
+        "question": f"q{number}?",
+        "schema": f"t{number}",
+        "level": number % 3,
+    }
     for number in range(20)
 ]
 QUESTION = Columns("question")
