@@ -169,15 +169,16 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
             gives on the same texts one by one, or its head cannot be used by itself.
     """
     model = unwrapped(model)
-    head = LanguageHead.of(model)
     name = type(model).__name__
+    if getattr(model, "config", None) is not None:  # else the head says what is amiss
+        check_attention(model.config.get_text_config()._attn_implementation)
+    head = LanguageHead.of(model)
     text = model.config.get_text_config()
     if not takes(head.decoder, "position_ids") or getattr(text, "alibi", False):
         raise UnsupportedModelError(
             f"{name} reads positions off the keys' places, which packed samples share; "
             "consistency training needs a model that takes position_ids"
         )
-    check_attention(text._attn_implementation)
     check_packed_forward(head, mask_kinds(name, text))
     current = model.__dict__.get(_HANDLE)
     if current is not None:

@@ -146,6 +146,61 @@ def check_example(sample: SampledExample) -> None:
             )
 
 
+@dataclass(frozen=True)
+class BatchStatistics:
+    """Tokens of one batch.
+
+    Attributes:
+        samples: responses.
+        clean: clean tokens forwarded (prompt and response).
+        noisy: noisy tokens forwarded.
+        nominal: noisy tokens as the paper counts them, the whole block of every sampled state.
+        rows: counted rows of the consistency loss.
+        labels: response tokens, the labels of the autoregressive loss.
+        columns: tokens of the batch, padding included.
+    """
+
+    samples: int
+    clean: int
+    noisy: int
+    nominal: int
+    rows: int
+    labels: int
+    columns: int
+
+
+def batch_statistics(batch: dict[str, Tensor]) -> BatchStatistics:
+    """Count a batch of `ConsistencyCollator`. Best before it is moved: on a GPU this waits."""
+    there, noisy = batch["sample_ids"] >= 0, batch["segment_ids"] > 0
+    labelled = (batch["teacher_labels"] >= 0).sum() + (batch["clean_labels"] >= 0).sum()
+    return BatchStatistics(
+        samples=int((batch["sample_ids"].max(dim=1).values + 1).sum()),
+        clean=int((there & ~noisy).sum()),
+        noisy=int(noisy.sum()),
+        nominal=int(batch["nominal_tokens"].sum()),
+        rows=int((batch["row_weights"] > 0).sum()),
+        labels=int(labelled),
+        columns=there.numel(),
+    )
+
+
+def forwarded_tokens(sample: SampledExample, local: bool = False) -> tuple[int, int]:
+    """Tokens that a training step forwards for one response.
+
+    Returns:
+        (packed: clean text and trimmed noisy segments, once; separate: for every sampled state
+        three forwards of the text before its block and the block: the state, its teacher, and the
+        text of the autoregressive loss, as the code published with arXiv 2403.00835 does).
+    """
+    example = sample.example
+    separate = sum(
+        3
+        * (len(example.prompt) + example.block_start(entry) + len(example.blocks[entry].states[0]))
+        for entry, _ in sample.picks
+    )
+    return pack_sample(sample, local).columns, separate
+
+
 class ConsistencyCollator:
     """Packs `SampledExample`s into the batch that a model under `patch_training` takes.
 
