@@ -80,9 +80,7 @@ def test_evaluation_is_what_plain_loops_give(batch_size):
         totals = [plain_nll(base, p, r) for p, r in zip(prompts, own, strict=True)]
         base_totals = [plain_nll(base, p, r) for p, r in zip(prompts, references, strict=True)]
     assert result.nll_under_base == pytest.approx(sum(totals) / tokens, rel=1e-5)
-    assert result.base_nll == pytest.approx(
-        sum(base_totals) / sum(map(len, references)), rel=1e-5
-    )
+    assert result.base_nll == pytest.approx(sum(base_totals) / sum(map(len, references)), rel=1e-5)
     assert result.nll_under_base > result.base_nll
     assert result.repetition == pytest.approx(sum(map(repeated_ngrams, own)) / 4)
     assert result.base_repetition == pytest.approx(sum(map(repeated_ngrams, references)) / 4)
@@ -169,7 +167,7 @@ def test_bad_input():
     model, tokenizer = tiny_model("llama"), letters_tokenizer()
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
         evaluate(model, tokenizer, [])
-    with pytest.raises(ValueError, match="the prompt is empty|the prompt of line 1 is empty"):
+    with pytest.raises(ValueError, match="the prompt is empty"):
         evaluate(model, tokenizer, [""])
     with pytest.raises(ValueError, match="2 prompts but 1 references"):
         evaluate(model, tokenizer, ["a", "b"], references=[[1]])

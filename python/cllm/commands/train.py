@@ -206,6 +206,8 @@ def _run(
     view = TrainView(console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(view)
+    if trainer.held_out is not None:
+        view.say(f"measuring the base model on {len(trainer.held_out)} held-out prompts")
     try:
         trainer.train(resume_from_checkpoint=True if resume in (True, "last") else resume)
     except KeyboardInterrupt as error:

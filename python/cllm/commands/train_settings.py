@@ -57,6 +57,7 @@ def read_settings(
     names = {entry.name for entry in fields(ConsistencyTrainingArguments) if entry.init}
     known = names | set(SHORT) | set(OWN)
     values = {} if config is None else read_recipe(config, "train", sorted(known))
+    values = {name: value for name, value in values.items() if value is not None}
     for short, long in SHORT.items():
         if short in values and long in values:
             raise RecipeError(f"{config}: {short!r} and {long!r} are one setting; give one of them")

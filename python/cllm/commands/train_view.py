@@ -49,7 +49,7 @@ class TrainView(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_tokens_per_forward" in logs:
-            self._print(f"step {state.global_step}: {evaluation_line(logs)}")
+            self.say(f"step {state.global_step}: {evaluation_line(logs)}")
         elif "consistency_loss" in logs:
             figures = (
                 f"loss {logs['loss']:.4g} (consistency {logs['consistency_loss']:.4g}, "
@@ -58,7 +58,7 @@ class TrainView(TrainerCallback):
             if self._bar is not None:
                 self._bar.update(self._task, figures=figures)
             else:
-                self._print(f"step {state.global_step} of {state.max_steps}: {figures}")
+                self.say(f"step {state.global_step} of {state.max_steps}: {figures}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -69,7 +69,8 @@ class TrainView(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
         self._console.print(line, markup=False, soft_wrap=True)
 
 

@@ -60,6 +60,9 @@ class HeldOut:
         self.base_result: Evaluation | None = None
         self._base_nll: list[float] = []
 
+    def __len__(self) -> int:
+        return len(self._prompts)
+
     def prepare(self, trainer: Any) -> None:
         """Measure the base model, unless that was done."""
         if self.base_result is not None:

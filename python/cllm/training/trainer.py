@@ -107,7 +107,7 @@ class ConsistencyTrainer(Trainer):
             args=args,
             data_collator=self._collate,
             train_dataset=NumberedExamples(dataset, sampler, _end_tokens(model)),
-            # transformers asks for one before it evaluates; `evaluate` reads `_held_out`
+            # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
             callbacks=[*(callbacks or []), _Hooks(self)],
@@ -133,9 +133,9 @@ class ConsistencyTrainer(Trainer):
         self._handle: TrainingHandle | None = None
         self._step_batches: list[tuple[Any, Tensor]] = []
         self._batches_in_step = 0
-        self._held_out: HeldOut | None = None
+        self.held_out: HeldOut | None = None
         if eval_prompts:
-            self._held_out = HeldOut(
+            self.held_out = HeldOut(
                 self.model, processing_class, eval_prompts, args, base_model, dataset
             )
 
@@ -257,9 +257,9 @@ class ConsistencyTrainer(Trainer):
         try:
             if checkpoint is not None:
                 self._restore(checkpoint)
-            if self._held_out is not None:
+            if self.held_out is not None:
                 # before the first step, while the weights are still the base model's
-                self._held_out.prepare(self)
+                self.held_out.prepare(self)
             self.meter.restart()
             where = None if checkpoint is None else str(checkpoint)
             return super().train(where, *args, **kwargs)
@@ -279,10 +279,10 @@ class ConsistencyTrainer(Trainer):
         Raises:
             ValueError: if there are no held-out prompts.
         """
-        if self._held_out is None:
+        if self.held_out is None:
             raise ValueError("evaluation needs held-out prompts; give eval_prompts")
         with self.meter.paused():
-            result = self._held_out.measure(self)
+            result = self.held_out.measure(self)
             metrics = result.metrics()
             metrics["noisy_tokens"] = self.meter.total.nominal
             verdict = self._judge(metrics)
@@ -298,7 +298,7 @@ class ConsistencyTrainer(Trainer):
     @property
     def base_evaluation(self) -> Evaluation | None:
         """What the base model does on the held-out prompts; None before it was measured."""
-        return None if self._held_out is None else self._held_out.base_result
+        return None if self.held_out is None else self.held_out.base_result
 
     def _judge(self, metrics: dict[str, float]) -> Verdict | None:
         if not self.is_in_train:
@@ -397,8 +397,8 @@ class ConsistencyTrainer(Trainer):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 state: dict[str, Any] = {"meter": self.meter.state(), "quality": self.watch.state()}
-                if self._held_out is not None:
-                    state["base"] = self._held_out.state()
+                if self.held_out is not None:
+                    state["base"] = self.held_out.state()
                 write_json(folder / STATE_FILE, state)
                 # the base model is the one that training was started from, again
                 if self.args.teacher == "ema" and self._handle is not None:
@@ -409,8 +409,8 @@ class ConsistencyTrainer(Trainer):
         state = read_state(checkpoint)
         self.meter.restore(state["meter"])
         self.watch.restore(state["quality"])
-        if self._held_out is not None:
-            self._held_out.restore(state.get("base"))
+        if self.held_out is not None:
+            self.held_out.restore(state.get("base"))
         if self.args.teacher == "ema":
             path = checkpoint / _TEACHER_FILE
             if not path.is_file():
@@ -433,7 +433,7 @@ class _Hooks(TrainerCallback):
             trainer._handle.update_teacher()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= state.max_steps and self._trainer._held_out is not None:
+        if state.global_step >= state.max_steps and self._trainer.held_out is not None:
             control.should_evaluate = True
         return control
 
