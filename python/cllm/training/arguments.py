@@ -3,6 +3,7 @@ training, checked where they are written down."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import types
 import typing
@@ -87,6 +88,8 @@ class ConsistencyTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False"})
 
     def __post_init__(self) -> None:
+        if importlib.util.find_spec("accelerate") is None:
+            raise ValueError("training needs accelerate; pip install 'cllm-kernels[train]'")
         problems = wrong_types(self)
         if not problems:
             problems = self._problems()
