@@ -77,6 +77,24 @@ def test_what_does_not_change_the_losses(make_trainer, settings, tolerance):
         assert two == pytest.approx(one, rel=tolerance, abs=0)
 
 
+def test_a_second_run_has_the_same_base_model(make_trainer):
+    settings = {"teacher": "base", "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps"}
+    trainer = make_trainer(save_steps=1, **settings)
+    trainer.train()
+    first = losses(trainer)
+    # the second half again, by the object that was trained to the end
+    trainer.train(resume_from_checkpoint=str(trainer.output_folder / "checkpoint-1"))
+    assert losses(trainer) == first
+
+
+def test_adapters_start_from_the_seed(make_trainer):
+    torch.manual_seed(5)
+    one = make_trainer(lora_r=2, seed=3)
+    torch.manual_seed(6)
+    two = make_trainer(lora_r=2, seed=3)
+    assert_same_parameters(parameters(one), parameters(two), 0)
+
+
 def test_another_seed_is_another_run(make_trainer):
     # a check on the tests above: order and states do depend on the seed
     one, two = make_trainer(seed=1), make_trainer(seed=2)

@@ -209,7 +209,7 @@ def _run(
     if trainer.held_out is not None:
         view.say(f"measuring the base model on {len(trainer.held_out)} held-out prompts")
     try:
-        trainer.train(resume_from_checkpoint=True if resume in (True, "last") else resume)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except KeyboardInterrupt as error:
         from ..training.checkpoints import last_checkpoint
 

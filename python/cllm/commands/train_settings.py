@@ -77,7 +77,7 @@ def training_arguments(own: dict[str, Any], values: dict[str, Any]) -> Consisten
         CommandError: something is missing, or the output folder is in use. ValueError: a bad value.
     """
     from ..training.arguments import ConsistencyTrainingArguments
-    from ..training.checkpoints import last_checkpoint
+    from ..training.checkpoints import checkpoint_to_resume, last_checkpoint
 
     if not values.get("output_dir"):
         raise CommandError("say where the model goes: --output FOLDER")
@@ -93,6 +93,10 @@ def training_arguments(own: dict[str, Any], values: dict[str, Any]) -> Consisten
     output = Path(str(args.output_dir))
     if output.is_file():
         raise CommandError(f"{output} is a file; name a folder")
+    if own.get("resume"):
+        own["resume"] = checkpoint_to_resume(
+            True if own["resume"] in (True, "last") else str(own["resume"]), output
+        )
     found = last_checkpoint(output)
     if found is not None and not own.get("resume"):
         raise CommandError(

@@ -36,10 +36,20 @@ class HeldOut:
         args: `ConsistencyTrainingArguments`.
         base: the judge; None: a copy of `model`, or for a PEFT model the model without adapters.
         dataset: the trajectories; their manifest says n.
+        sharded: whether the weights will be spread over processes: then a part of the model cannot
+            be run by itself, and a PEFT model is judged by a copy without adapters, too.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Any], args: Any, base: Any, dataset: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[Any],
+        args: Any,
+        base: Any,
+        dataset: Any,
+        *,
+        sharded: bool = False,
     ):
         if tokenizer is None:
             raise ValueError("evaluation needs the tokenizer; give processing_class")
@@ -52,8 +62,9 @@ class HeldOut:
             "max_new_tokens": args.eval_max_new_tokens,
             "batch_size": args.per_device_eval_batch_size,
         }
-        if base is None and not is_peft(model):
+        if base is None and (sharded or not is_peft(model)):
             base = copy.deepcopy(model)
+            base = base.unload() if is_peft(base) else base
         if base is not None:
             base = base.eval().requires_grad_(False).to(args.device)
         self._base = base

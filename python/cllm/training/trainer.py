@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..evaluation import Evaluation
-from ..prompts import context_length
 from ..training_patch import TrainingHandle, patch_training
 from .arguments import ConsistencyTrainingArguments
 from .checkpoints import (
@@ -27,23 +26,22 @@ from .checkpoints import (
     replaced_folder,
     write_json,
 )
+from .finite import NonFiniteLossError, check_finite
 from .held_out import HeldOut
+from .inputs import collator, end_tokens, trajectories
 from .lora import add_adapters, is_peft, merged
 from .meter import Counts, Meter
 from .order import EpochOrder, NumberedExamples
-from .packing import ConsistencyCollator
 from .quality import QualityWatch, Verdict
 from .sampling import StateSampler
-from .store import TrajectoryDataset, load_trajectories, versions
+from .store import versions
 
 logger = logging.get_logger(__name__)
 
+__all__ = ["ConsistencyTrainer", "NonFiniteLossError"]
+
 BEST = "best_checkpoint"
 _TEACHER_FILE = "teacher.pt"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the message says where the batch lies."""
 
 
 class ConsistencyTrainer(Trainer):
@@ -98,15 +96,16 @@ class ConsistencyTrainer(Trainer):
 
             model = AutoModelForCausalLM.from_pretrained(model)
         if args.lora_r and not is_peft(model):
+            set_seed(args.seed)  # adapters start at random
             model = add_adapters(model, args)
-        dataset = _trajectories(train_dataset, processing_class)
+        dataset = trajectories(train_dataset, processing_class)
         seed = args.data_seed if args.data_seed is not None else args.seed
         sampler = StateSampler(args.consistency_config(), seed)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=NumberedExamples(dataset, sampler, _end_tokens(model)),
+            train_dataset=NumberedExamples(dataset, sampler, end_tokens(model)),
             # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
@@ -129,14 +128,21 @@ class ConsistencyTrainer(Trainer):
         )
         self.stopped_because: list[str] | None = None
         self.last_verdict: Verdict | None = None
-        self._collator = _collator(args, processing_class, model)
+        self._collator = collator(args, processing_class, model)
         self._handle: TrainingHandle | None = None
+        self._base_weights: dict[str, Tensor] | None = None
         self._step_batches: list[tuple[Any, Tensor]] = []
         self._batches_in_step = 0
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(
-                self.model, processing_class, eval_prompts, args, base_model, dataset
+                self.model,
+                processing_class,
+                eval_prompts,
+                args,
+                base_model,
+                dataset,
+                sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             )
 
     # -- data -----------------------------------------------------------------------------------
@@ -198,40 +204,9 @@ class ConsistencyTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_batches.append((inputs, loss))
         if len(self._step_batches) == self._batches_in_step:
-            self._check_finite()
+            batches, self._step_batches = self._step_batches, []
+            check_finite(self, batches)
         return loss
-
-    def _check_finite(self) -> None:
-        batches, self._step_batches = self._step_batches, []
-        bad = ~torch.stack([loss for _, loss in batches]).isfinite()
-        everywhere = self.accelerator.reduce(bad.any().float(), "sum")
-        if not everywhere:
-            return
-        where = ""
-        if bad.any():
-            name = (
-                "nan_batch.pt"
-                if self.args.world_size == 1
-                else (f"nan_batch_{self.args.process_index}.pt")
-            )
-            path = self.output_folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [inputs for (inputs, _), lost in zip(batches, bad.tolist(), strict=True) if lost]
-            content = {
-                "batches": [_on_host(inputs) for inputs in kept],
-                "losses": [float(loss) for _, loss in batches],
-                "step": self.state.global_step + 1,
-                "epoch": self.state.epoch,
-            }
-            torch.save(content, path)
-            where = f"; the batch is in {path}"
-        else:
-            where = " in another process"
-        losses = ", ".join(f"{float(loss):g}" for _, loss in batches)
-        raise NonFiniteLossError(
-            f"the loss of step {self.state.global_step + 1} is not finite ({losses}){where}; "
-            "lower the learning rate, or train in float32 or bfloat16"
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the two losses, the noisy tokens so far and the speed to a training log."""
@@ -254,6 +229,11 @@ class ConsistencyTrainer(Trainer):
         if self.args.should_save:
             recover_folder(self.best_folder)
         self._handle = patch_training(self.model, self.args.consistency_config())
+        if self.args.teacher == "base":
+            # a second run of this trainer has the same base model as the first
+            if self._base_weights is None:
+                self._base_weights = self._handle.teacher_state_dict()
+            self._handle.load_teacher_state_dict(self._base_weights)
         try:
             if checkpoint is not None:
                 self._restore(checkpoint)
@@ -267,6 +247,7 @@ class ConsistencyTrainer(Trainer):
             self._handle.remove()
             self._handle = None
             self._step_batches = []
+            self.is_in_train = False
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -436,44 +417,3 @@ class _Hooks(TrainerCallback):
         if state.global_step >= state.max_steps and self._trainer.held_out is not None:
             control.should_evaluate = True
         return control
-
-
-def _trajectories(given: Any, tokenizer: Any) -> Any:
-    if isinstance(given, (str, os.PathLike)):
-        given = [given]
-    if isinstance(given, (list, tuple)) and given and isinstance(given[0], (str, os.PathLike)):
-        return load_trajectories(*given, tokenizer=tokenizer)
-    if isinstance(given, TrajectoryDataset) and tokenizer is not None:
-        from .store import StoreError, tokenizer_hash
-
-        if tokenizer_hash(tokenizer) != given.manifest.tokenizer_hash:
-            raise StoreError(
-                f"the tokenizer is not the one that {given.folders[0]} was collected with: its "
-                "token ids would mean other text; train the same model, or collect with this one"
-            )
-    if not len(given):
-        raise ValueError("the data set holds no trajectories")
-    return given
-
-
-def _on_host(inputs: Any) -> Any:
-    return {
-        name: value.detach().cpu() if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
-
-
-def _collator(args: ConsistencyTrainingArguments, tokenizer: Any, model: Any) -> Any:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return ConsistencyCollator(
-        args.consistency_config(),
-        0 if pad is None else pad,
-        samples_per_row=1 if args.row_tokens is None else None,
-        max_columns=args.row_tokens,
-        context=context_length(model),
-    )
-
-
-def _end_tokens(model: Any) -> list[int]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
