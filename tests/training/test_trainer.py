@@ -77,6 +77,23 @@ def test_what_does_not_change_the_losses(make_trainer, settings, tolerance):
         assert two == pytest.approx(one, rel=tolerance, abs=0)
 
 
+def test_the_averaged_teacher_moves_after_every_step(make_trainer):
+    found = {}
+    for name, settings in {
+        "self": {"teacher": "self"},
+        "moved": {"teacher": "ema", "ema_decay": 0.0},
+        "slow": {"teacher": "ema", "ema_decay": 0.99},
+        "base": {"teacher": "base"},
+    }.items():
+        trainer = make_trainer(learning_rate=1e-2, max_steps=3, **settings)
+        trainer.train()
+        found[name] = [consistency for _, consistency, _ in losses(trainer)]
+    # an average that forgets at once is the model itself; one that never moves is the base
+    assert found["moved"] == pytest.approx(found["self"], rel=1e-4)
+    assert found["slow"][2] != pytest.approx(found["self"][2], rel=1e-3)
+    assert found["slow"][2] != pytest.approx(found["base"][2], rel=1e-5)
+
+
 def test_a_second_run_has_the_same_base_model(make_trainer):
     settings = {"teacher": "base", "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "steps"}
     trainer = make_trainer(save_steps=1, **settings)
@@ -164,7 +181,8 @@ def test_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path, set
         "eval_strategy": "steps",
         "eval_steps": 3,
         "stop_on_quality": False,
-        "prompts": EVAL_PROMPTS,
+        "prompts": EVAL_PROMPTS[:1],
+        "eval_max_new_tokens": 6,
         **settings,
     }
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
@@ -88,15 +89,24 @@ def evaluation_line(metrics: Mapping[str, float]) -> str:
 
 
 def results_table(base: Evaluation, history: list[dict[str, Any]], best_step: int | None) -> Table:
-    """Every evaluation of a run beside the base model's.
+    """Every evaluation of a run beside the base model's: noisy tokens trained on, tokens per
+    forward, negative log-likelihood under the base, repetition, share of texts equal to the
+    base's, tokens a text.
 
     Args:
         base: of the base model.
         history: ``trainer.state.log_history``.
         best_step: the step that was chosen, None for none.
     """
-    table = Table(title=f"{base.prompts} held-out prompts", title_justify="left")
-    for name in ("step", "noisy tokens", "tokens/forward", "NLL", "repeated", "same", "length"):
+    table = Table(
+        title=f"{base.prompts} held-out prompts",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    # narrow enough for 80 columns
+    for name in ("step", "trained", "per forward", "NLL", "repeated", "same", "length"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound", no_wrap=True)
     table.add_row("base", "0", *_figures(base.metrics(), ""), "")

@@ -28,6 +28,7 @@ from .checkpoints import (
 )
 from .finite import NonFiniteLossError, check_finite
 from .held_out import HeldOut
+from .hooks import StepHooks
 from .inputs import collator, end_tokens, trajectories
 from .lora import add_adapters, is_peft, merged
 from .meter import Counts, Meter
@@ -42,6 +43,7 @@ __all__ = ["ConsistencyTrainer", "NonFiniteLossError"]
 
 BEST = "best_checkpoint"
 _TEACHER_FILE = "teacher.pt"
+_RECORDED = ("cllm-kernels", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 
 class ConsistencyTrainer(Trainer):
@@ -109,7 +111,7 @@ class ConsistencyTrainer(Trainer):
             # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _Hooks(self)],
+            callbacks=[*(callbacks or []), StepHooks(self)],
             optimizers=optimizers,
         )
         if args.fsdp and args.world_size > 1 and not self.is_fsdp_enabled:
@@ -303,6 +305,11 @@ class ConsistencyTrainer(Trainer):
                 f"{self.watch.outside} evaluations in a row ({'; '.join(verdict.violations)})"
             )
 
+    def update_teacher(self) -> None:
+        """After an optimiser step that took place."""
+        if self._handle is not None and not self.accelerator.optimizer_step_was_skipped:
+            self._handle.update_teacher()
+
     # -- saving ---------------------------------------------------------------------------------
 
     @property
@@ -361,9 +368,7 @@ class ConsistencyTrainer(Trainer):
             "arguments": self.args.to_dict(),
             "recipe": self.recipe,
             "trajectories": [manifest.to_json() for manifest in manifests],
-            "versions": versions(
-                ("cllm-kernels", "torch", "transformers", "accelerate", "peft", "tokenizers")
-            ),
+            "versions": versions(_RECORDED),
             "step": self.state.global_step,
             "trained": self.meter.state(),
         }
@@ -400,20 +405,3 @@ class ConsistencyTrainer(Trainer):
                 )
             assert self._handle is not None
             self._handle.load_teacher_state_dict(torch.load(path, map_location="cpu"))
-
-
-class _Hooks(TrainerCallback):
-    """What happens between transformers' own steps."""
-
-    def __init__(self, trainer: ConsistencyTrainer):
-        self._trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer._handle is not None and not trainer.accelerator.optimizer_step_was_skipped:
-            trainer._handle.update_teacher()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= state.max_steps and self._trainer.held_out is not None:
-            control.should_evaluate = True
-        return control
