@@ -167,7 +167,8 @@ def _found(model: Any) -> LanguageHead:
     bound = _BOUNDS.get(model.dtype, _BOUNDS[torch.bfloat16])
     best: tuple[float, LanguageHead] | None = None
     cap = getattr(text, "final_logit_softcapping", None)
-    with torch.no_grad(), evaluating(model):
+    # a compiled model is not to be compiled for this one shape
+    with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
         expected = model(input_ids=tokens, use_cache=False).logits.double()
         for decoder in _decoders(model):
             hidden = _hidden_states(_decoder(model, decoder), {"input_ids": tokens})
@@ -217,7 +218,12 @@ def _decoders(model: Any) -> list[str]:
 
 def _decoder(model: Any, name: str) -> Any:
     found = getattr(model, name)
-    return found() if name == "get_decoder" else found
+    if name == "get_decoder":
+        found = found()
+        base = getattr(model, "base_model", None)
+        if getattr(base, "_modules", {}).get("_orig_mod") is found:
+            return base  # torch.compile(decoder): get_decoder sees through it
+    return found
 
 
 def _hidden_states(decoder: Any, inputs: dict[str, Any]) -> Tensor:
@@ -241,6 +247,11 @@ def _linear(model: Any) -> Any:
             "does not make the logits; leave it out of target_modules (modules_to_save works)"
         )
     weight = getattr(module, "weight", None)
+    if weight is not None and hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"DeepSpeed ZeRO-3 keeps the head of {name} in pieces outside of the head's own "
+            "forward; use ZeRO stage 1 or 2, or FSDP2"
+        )
     if weight is None or weight.dim() != 2 or not weight.dtype.is_floating_point:
         raise UnsupportedModelError(
             f"the head of {name} ({type(module).__name__}) has no floating-point weight [V, H]; "

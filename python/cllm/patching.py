@@ -1,7 +1,7 @@
 """Patch a model instance so that its own ``generate`` decodes by Jacobi iteration.
 
-This is the only place that touches a model: one instance attribute, ``generate``, which hides the
-method of the class and is taken away again.
+Of decoding, this is the only place that touches a model: one instance attribute, ``generate``,
+which hides the method of the class and is taken away again. Training's is `training_patch`.
 """
 
 from __future__ import annotations

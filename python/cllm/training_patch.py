@@ -40,6 +40,7 @@ class TrainingHandle:
     def __init__(self, model: Any, config: ConsistencyConfig):
         self.model = model
         self.config = config
+        self._head = LanguageHead.of(model)
         self._kinds = mask_kinds(type(model).__name__, model.config.get_text_config())
         self._hidden = model.__dict__.get("forward")
         self._on = True
@@ -144,8 +145,9 @@ class TrainingHandle:
         if len(args) > 1:
             raise ValueError("a packed batch is given by name: model(**batch)")
         batch = dict(kwargs, input_ids=args[0]) if args else kwargs
-        head = LanguageHead.of(self.model)
-        output = packed_loss(head, self.config, self._kinds, self.teacher(), batch)
+        if self._head.model is not self.model:  # a deep copy of the model, and of this handle
+            self._head = self._head.of_copy(self.model)
+        output = packed_loss(self._head, self.config, self._kinds, self.teacher(), batch)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
@@ -174,7 +176,7 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
         check_attention(model.config.get_text_config()._attn_implementation)
     head = LanguageHead.of(model)
     text = model.config.get_text_config()
-    if not takes(head.decoder, "position_ids") or getattr(text, "alibi", False):
+    if not takes(unwrapped(head.decoder), "position_ids") or getattr(text, "alibi", False):
         raise UnsupportedModelError(
             f"{name} reads positions off the keys' places, which packed samples share; "
             "consistency training needs a model that takes position_ids"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cllm
 from cllm import ConsistencyConfig
+from cllm.training import masks
 from cllm.training.masks import PackedTokens, attention_masks, dense_mask, flex_mask
 from cllm.training.packing import ConsistencyCollator
 from cllm.traits import CHUNKED, FULL, SLIDING, UnsupportedModelError
@@ -103,6 +105,27 @@ def test_flex_attention_skips_blocks_that_hold_nothing():
     assert not blocks.all()
 
 
+def test_a_compiled_mask_is_made_once_a_shape_and_follows_the_batch(monkeypatch):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(create_block_mask, backend=counter)
+    monkeypatch.setattr(masks, "_block_mask_maker", lambda on_gpu: compiled)
+    seen = []
+    for seed in range(4):
+        example = random_example(seed, prompt=60 + 100 * seed, response=48, block_size=16, states=1)
+        collator = ConsistencyCollator(ConsistencyConfig(), column_multiple=512)
+        batch = collator([every_state(example)])
+        dense = dense_mask(tokens_of(batch), SLIDING, 40)[:, 0]
+        blocks = dense.unflatten(1, (-1, 128)).unflatten(3, (-1, 128)).any(2).any(-1)
+        found = flex_mask(tokens_of(batch), SLIDING, 40).to_dense()[:, 0].bool()
+        assert torch.equal(found, blocks)
+        seen.append(blocks)
+    assert counter.frame_count == 1
+    assert any(not torch.equal(seen[0], other) for other in seen[1:])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2-local"])
 def test_a_model_with_flex_attention_gives_the_same_loss(family):
     model = fresh_model(family)
@@ -111,9 +134,9 @@ def test_a_model_with_flex_attention_gives_the_same_loss(family):
     batch = ConsistencyCollator(config, column_multiple=128)(samples)
     expected = defined_loss(model, samples, config)
     model.set_attn_implementation("flex_attention")
+    cllm.patch_training(model, config)
     # transformers compiles flex_attention; eagerly it is the same arithmetic
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        cllm.patch_training(model, config)
         found = model(**batch).loss
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -164,7 +164,7 @@ def test_gradient_checkpointing_gives_the_same(reentrant):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "decoder"])
+@pytest.mark.parametrize("how", ["whole", "in place", "decoder", "decoder before"])
 def test_compiled_models_give_the_same(how):
     model = exact_model().train()
     handle = cllm.patch_training(model, CONFIG)
@@ -172,11 +172,16 @@ def test_compiled_models_give_the_same(how):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = model
+    if how == "decoder before":
+        handle.remove()
+        model.model = torch.compile(model.model, backend=counter)
+        handle = cllm.patch_training(model, CONFIG)
+        expected = {n.replace("model.", "model._orig_mod.", 1): g for n, g in expected.items()}
     if how == "whole":
         compiled = torch.compile(model, backend=counter)
     elif how == "in place":
         model.compile(backend=counter)
-    else:
+    elif how == "decoder":
         model.model.compile(backend=counter)
     model.zero_grad()
     again = compiled(**BATCH).loss
@@ -241,6 +246,26 @@ def test_lora_with_its_base_as_the_teacher(patch_first, consistency, exact_softm
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=0)
     for name, gradient in gradients(wrapped).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_trained_beside_the_adapter_teaches_as_it_was(exact_softmax):
+    config = replace(CONFIG, teacher="base")
+    base, wrapped = exact_model(), lora(exact_model(), modules_to_save=["lm_head"])
+    handle = cllm.patch_training(wrapped, config)
+    head = wrapped.get_base_model().lm_head.modules_to_save["default"].weight
+    with torch.no_grad():
+        head.mul_(1.3)
+    loss, found = loss_and_gradients(wrapped)
+    assert handle._copy is None
+    handle.remove()
+    wrapped.zero_grad()
+    expected = defined_loss(wrapped, SAMPLES, config, base)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-11, atol=0)
+    assert found.keys() == gradients(wrapped).keys()
+    torch.testing.assert_close(
+        found["base_model.model.lm_head.modules_to_save.default.weight"], head.grad
+    )
 
 
 def test_the_base_teacher_has_no_dropout_and_the_student_keeps_its_own():

@@ -64,8 +64,9 @@ def packed_loss(
     student, taught, clean = (
         _flat(batch[name], hidden) for name in ("student_index", "teacher_index", "clean_index")
     )
-    weights = batch["row_weights"].flatten()
+    weights = batch["row_weights"].flatten().to(hidden.device)
     labels = torch.cat([batch["teacher_labels"].flatten(), batch["clean_labels"].flatten()])
+    labels = labels.to(hidden.device)
     rows = hidden.flatten(0, 1)[torch.cat([student, taught, clean])]
     operand, weight, bias = head.operands(rows)
     ar_operand = operand[len(student) :]
@@ -163,8 +164,9 @@ def _teacher_rows(
 
 def _flat(index: Tensor, hidden: Tensor) -> Tensor:
     """Columns [B, R] of rows as places [B * R] in the flattened hidden states [B * S, H]."""
-    rows = torch.arange(len(index), device=index.device)
-    return (index + hidden.shape[1] * rows[:, None]).flatten()
+    # a model spread over devices ends on another one than its batch
+    rows = torch.arange(len(index), device=hidden.device)
+    return (index.to(hidden.device) + hidden.shape[1] * rows[:, None]).flatten()
 
 
 def _shares(
