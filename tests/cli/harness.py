@@ -49,18 +49,23 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start ``cllm`` as a process of its own."""
+def environment() -> dict[str, str]:
+    """For a process of its own that imports the packages under test."""
     roots = [str(Path(package.__file__).parents[1]) for package in (cllm, cllm_kernels)]
     paths = [*roots, os.environ.get("PYTHONPATH", "")]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **settings}
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start ``cllm`` as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "cllm.cli", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **settings},
+        env=environment(),
         # a shell that puts the tests in the background has them, and so this child, ignore SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

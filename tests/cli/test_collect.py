@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cllm.training.store import load_trajectories
 
-from .harness import PROMPTS, start, write_prompts
+from .harness import PROMPTS, environment, write_prompts
 
 pytest.importorskip("pyarrow")
 
@@ -90,7 +89,8 @@ def test_summary_and_manifest(collect, whole, tmp_path):
     assert summary["settings"]["prompts"] == 24 and summary["complete"]
     assert summary["statistics"] == manifest.statistics
     assert summary["settings"]["counts"] == manifest.settings["counts"]
-    assert manifest.settings["counts"]["response_tokens"] == sum(
+    assert manifest.settings["counts"] == {"checked": 24, "near_ties": 0}
+    assert manifest.statistics["response_tokens"] == sum(
         len(example.response) for example in rows(whole)
     )
     again = collect(tmp_path / "out")
@@ -105,47 +105,76 @@ def test_engines_and_batches_give_the_same_files(collect, whole, tmp_path):
     assert files(tmp_path / "a") == files(tmp_path / "b") == files(whole)
 
 
-def test_killed_and_interrupted_and_continued(collect, whole, tmp_path, model_folder, prompts_file):
-    output = tmp_path / "out"
-    options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
+# Loads everything once, then starts a run, waits for its first shard and a moment longer, and ends
+# it, many times over.
+_ENDED_EARLY = """
+import glob, os, signal, sys, time
+import torch, transformers
+import cllm.cli, cllm.responders, cllm.training.collect.runner
+torch.set_num_threads(1)  # a fork has no other threads
+*options, errors, moments = sys.argv[1:]
+finished = lambda: len(glob.glob(options[-1] + "/progress/0*.json"))
+moments = [float(moment) for moment in moments.split(",")]
+for number, moment in enumerate(moments):
+    before = finished()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os._exit(cllm.cli.main(options))
+    while finished() == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    time.sleep(moment)
+    os.kill(child, signal.SIGINT if number + 1 == len(moments) else signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), finished())
+"""
+
+
+def test_ended_at_random_moments_and_continued(
+    collect, whole, tmp_path, model_folder, prompts_file
+):
+    """Killed three times, interrupted once, then left to finish."""
+    output, errors = tmp_path / "out", tmp_path / "errors"
+    small = (*SMALL, "--shard-size", 1)
+    options = ("--model", model_folder, "--prompts", prompts_file, *small, "--output", output)
     generator = random.Random(5)
-    kept = 0
-    for sign in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
-        process = start("collect", *options)
-        deadline = time.monotonic() + 100
-        while finished(output) == kept:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(sign)
-        _, err = process.communicate(timeout=60)
-        assert finished(output) > kept
-        kept = finished(output)
-        assert not (output / "manifest.json").exists()
-        for name, content in files(output).items():
-            assert content == files(whole)[name]
-    assert process.returncode == 130 and "Traceback" not in err
-    assert err.splitlines()[-1] == (
-        f"cllm: interrupted: {kept} of 8 shards are in {output}; run the same command to continue"
+    moments = [f"{generator.uniform(0, 0.2):.4f}" for _ in range(4)]
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDED_EARLY, "collect", *map(str, options), errors,
+         ",".join(moments)],
+        capture_output=True, text=True, env=environment(), timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ends = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    counts = [count for _, count in ends]
+    # every run went on where the one before had ended, and none came to its end
+    assert counts == sorted(set(counts)) and counts[-1] < 24
+    assert [code for code, _ in ends] == [-signal.SIGKILL] * 3 + [130]
+    assert errors.read_text().splitlines()[-1] == (
+        f"cllm: interrupted: {counts[-1]} of 24 shards are in {output}; "
+        "run the same command to continue"
     )
+    assert not (output / "manifest.json").exists()
     (output / "part-00007.parquetxyz.part").write_bytes(b"half a file")
-    result = collect(output)
-    assert result.code == 0 and f"continuing: {kept} of 8 shards are there" in result.err
+    result = collect(output, small=small)
+    assert result.code == 0
+    assert f"continuing: {counts[-1]} of 24 shards are there" in result.err
+    assert not list(output.glob("**/*.part"))
+    again = tmp_path / "again"
+    assert collect(again, small=small).code == 0
+    assert files(output) == files(again)
+    assert rows(output) == rows(again)
     assert rows(output) == rows(whole)
-    assert sorted(path.name for path in output.iterdir()) == sorted(
-        path.name for path in whole.iterdir()
-    )
-    assert files(output) == files(whole)
 
 
 def test_two_processes_give_the_same_files(whole, tmp_path, model_folder, prompts_file):
     output = tmp_path / "out"
     options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    roots = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")]
     done = subprocess.run(
         [sys.executable, *map(str, command), "-m", "cllm.cli", "collect", *map(str, options)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*roots, os.environ["PYTHONPATH"]])},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=100,
@@ -209,6 +238,17 @@ def test_foreign_and_damaged_shards(collect, whole, tmp_path):
     error = collect(output).error
     assert "part-00003.parquet is damaged" in error and "delete it" in error
     damaged.unlink()
+    record = output / "progress" / "00005.json"
+    content = record.read_bytes()
+    record.write_bytes(content[:40])
+    error = collect(output).error
+    assert "00005.json is damaged" in error and "delete it" in error
+    record.write_bytes(content)
+    run_file = output / "progress" / "run.json"
+    content = run_file.read_bytes()
+    run_file.write_bytes(b"{}")
+    assert "run.json is damaged; use --overwrite" in collect(output).error
+    run_file.write_bytes(content)
     result = collect(output)
     assert result.code == 0 and "continuing: 7 of 8" in result.err
     assert files(output) == files(whole)
@@ -306,6 +346,49 @@ def test_brought_responses(run, whole, tmp_path, model_folder):
     assert result.code == 0 and len(rows(tmp_path / "four")) == 20
     result = bring("foreign", lambda example: [99999])
     assert result.code == 2 and "the token id 99999, but the model's vocabulary" in result.error
+
+
+def test_prompts_from_columns_with_few_shot_and_holdout(run, tmp_path, model_folder):
+    from transformers import AutoTokenizer
+
+    data = tmp_path / "data.jsonl"
+    lines = [
+        {"db": f"db{number % 4}", "schema": f"t{number % 4}", "question": text}
+        for number, text in enumerate(PROMPTS[:8])
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text(json.dumps({"schema": "s", "question": "q", "answer": "a"}))
+    options = ("--model", model_folder, "--prompts", data, "--prompt-template",
+               r"{schema}\nQuestion: {question}", "--few-shot", shots, "--system", "sql",
+               "--holdout-by", "db", "--holdout-share", 0.5, *SMALL)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    found = []
+    for take in ("train", "holdout"):
+        output = tmp_path / take
+        assert run("collect", *options, "--output", output, "--take", take).code == 0
+        found += rows(output)
+    assert sorted(tokenizer.decode(example.prompt) for example in found) == sorted(
+        "<system>sql<end><user>s\nQuestion: q<end><assistant>a<end>"
+        f"<user>{line['schema']}\nQuestion: {line['question']}<end><assistant>"
+        for line in lines
+    )
+    groups = [{int(example.id) % 4 for example in rows(tmp_path / t)} for t in ("train", "holdout")]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(collect, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert "not writable" in collect(locked).error
+
+
+def test_output_that_is_a_file(collect, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("here first")
+    assert "is a file; name a folder" in collect(file).error
+    assert file.read_text() == "here first"
 
 
 def test_dropped_rows_are_counted(run, tmp_path, model_folder):

@@ -88,7 +88,7 @@ class _Lines(_Meter):
         self._last = time.perf_counter()
         rates = self.rates()
         self._console.print(
-            f"{self.prefix}{self.done:.0f} of {self.prompts} prompts, {self.finished} of "
+            f"{self.prefix}{int(self.done)} of {self.prompts} prompts, {self.finished} of "
             f"{self.shards} shards{', ' if rates else ''}{rates}",
             soft_wrap=True,
         )
@@ -116,7 +116,7 @@ class _Bar(_Meter):
         self._show()
 
     def _show(self) -> None:
-        count = f"{self.done:.0f}/{self.prompts} prompts"
+        count = f"{int(self.done)}/{self.prompts} prompts"
         self._bar.update(
             self._task,
             completed=self.done,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from ..training.collect.statistics import CollectionStatistics
 from ..training.manifest import Manifest
 
 
@@ -29,32 +29,43 @@ def print_summary(manifest: Manifest, output: Path, seconds: float) -> None:
 
 
 def _lines(manifest: Manifest, seconds: float) -> list[tuple[str, str, str]]:
-    settings, statistics = manifest.settings, manifest.statistics
-    counts = settings["counts"]
+    settings = manifest.settings
+    counts, spent = settings["counts"], settings["seconds"]
+    figures = CollectionStatistics.from_json(manifest.statistics)
     rows = [
         ("prompts", f"{settings['prompts']:,}", ""),
         ("kept", f"{manifest.rows:,}", ""),
     ]
     rows += [("  dropped", f"{count:,}", reason) for reason, count in manifest.dropped.items()]
-    if counts.get("near_ties"):
-        note = "tokens that rounding chose, kept"
-        rows.append(("near-ties", f"{counts['near_ties']:,}", note))
     if counts.get("mismatched"):
         share = counts["mismatched"] / counts["checked"]
         rows.append(("mismatch rate", f"{share:.1%}", "of the responses that were checked"))
-    rows.append(("prompt tokens", f"{counts.get('prompt_tokens', 0):,}", ""))
-    tokens = counts.get("response_tokens", 0)
-    rows.append(("response tokens", f"{tokens:,}", f"{tokens / max(manifest.rows, 1):.0f} each"))
-    rows += _trajectories(statistics, manifest.block_size)
-    spent = settings["seconds"]
+    if figures.mismatches:
+        note = "tokens that rounding chose, within the tolerance"
+        rows.append(("near-ties", f"{figures.mismatches:,}", note))
+    each = figures.response_tokens / max(figures.responses, 1)
+    rows += [
+        ("response tokens", f"{figures.response_tokens:,}", f"{each:.0f} a response"),
+        ("trajectories", f"{figures.blocks:,}", f"blocks of {manifest.block_size} tokens"),
+        ("states", f"{figures.states:,}", f"{figures.state_tokens:,} tokens"),
+        ("trajectory length", f"{figures.iterations_per_block:.2f}", "forward passes a block"),
+        ("tokens per forward", f"{figures.tokens_per_forward:.2f}", "decoding block by block"),
+        ("fast-forwarded", f"{figures.fast_forwarded:,}", "tokens confirmed beyond one a forward"),
+        ("stationary", f"{figures.stationary:,}", "tokens right behind a wrong one, and staying"),
+    ]
     work = sum(spent.values())
     if work:
-        stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in spent.items())
-        rows.append(("work", f"{work:.1f} s", stages))
-        rows.append(("speed", f"{tokens / work:,.0f} tokens/s", "response tokens, per process"))
-    rows.append(("this run", f"{seconds:.1f} s", ""))
+        speed = figures.response_tokens / work
+        stages = ", ".join(f"{stage} {_duration(value)}" for stage, value in spent.items())
+        rows.append(("tokens/s", f"{speed:,.1f}", "response tokens, in one process"))
+        rows.append(("work", _duration(work), stages))
+    rows.append(("this run", _duration(seconds), ""))
     return rows
 
 
-def _trajectories(statistics: dict[str, Any], block_size: int) -> list[tuple[str, str, str]]:
-    return []
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

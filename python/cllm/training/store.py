@@ -186,7 +186,8 @@ class TrajectoryDataset(Dataset[TrainingExample]):
                     self._paths[shard], memory_map=True
                 )
             try:
-                self._groups[key] = self._files[shard].read_row_group(group)
+                # no threads: little is read, and workers that were forked have none
+                self._groups[key] = self._files[shard].read_row_group(group, use_threads=False)
             except (_pyarrow().ArrowException, OSError) as error:
                 raise StoreError(f"{self._paths[shard]} is damaged: {error}") from error
             if len(self._groups) > _DECODED_GROUPS:

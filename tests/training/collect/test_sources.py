@@ -88,7 +88,6 @@ def test_holdout_splits_by_group_and_not_by_row(jsonl):
     parts = {}
     for take in ("train", "holdout"):
         source = Source(jsonl, holdout_by="db", holdout_share=0.5, take=take)
-        parts[take] = {row["question"]: row["db"] for row in ROWS} | {}
         chosen = texts(read_source(source, QUESTION))
         parts[take] = {row["db"]: row for row in ROWS if row["question"] in chosen}
         assert len(chosen) == 4 * len(parts[take])  # whole groups of four
@@ -213,7 +212,7 @@ def test_bad_sources(tmp_path):
     with pytest.raises(PromptError, match="no prompts in it"):
         read_source(Source(str(empty)), QUESTION)
     path = write(tmp_path / "twice.jsonl", *[{"id": 7, "prompt": "a"}] * 2)
-    with pytest.raises(PromptError, match="line 2: the id '7' is that of .*line 1 too"):
+    with pytest.raises(PromptError, match=r"line 2: the id '7' is that of .*line 1 too"):
         read_source(Source(path), Columns())
     for name in ("./nowhere", str(tmp_path / "no.parquet")):
         with pytest.raises(PromptError, match="there is no file or folder"):

@@ -190,9 +190,9 @@ class _Run:
         longest = max(len(text.response) for text in self.texts)
         padded = torch.zeros(len(self.texts), longest + n, dtype=torch.long)
         prompts = torch.zeros(len(self.texts), width, dtype=torch.long)
-        for row, text in enumerate(self.texts):
-            padded[row, : len(text.response)] = torch.tensor(text.response)
-            prompts[row, : len(text.prompt)] = torch.tensor(text.prompt)
+        for number, text in enumerate(self.texts):
+            padded[number, : len(text.response)] = torch.tensor(text.response)
+            prompts[number, : len(text.prompt)] = torch.tensor(text.prompt)
         table = fill_table(
             fill,
             prompts=prompts,
@@ -247,7 +247,8 @@ class _Run:
         """Cache the texts; per text, which tokens are not the likeliest, and the logits' gaps."""
         width = max(text.length for text in self.texts)
         tokens = torch.full((len(self.texts), width), self.pad, dtype=torch.long)
-        wanted, place = [], []
+        wanted: list[int] = []
+        place: list[int] = []
         for row, text in enumerate(self.texts):
             tokens[row, : text.length] = torch.tensor((text.prompt + text.response)[:-1])
             wanted += text.response

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..manifest import Manifest, versions
 from ..store import write_shard
@@ -89,7 +89,9 @@ def collect(
             prompts=len(members),
             shard=shard,
             dropped=dict(result.dropped),
-            statistics=CollectionStatistics.of(result.examples).to_json(),
+            statistics=replace(
+                CollectionStatistics.of(result.examples), mismatches=result.counts["near_ties"]
+            ).to_json(),
             counts=dict(result.counts),
             longest=max((len(example.response) for example in result.examples), default=0),
             seconds=result.seconds,
@@ -179,7 +181,7 @@ def digest_of_rows(rows: Sequence[Row]) -> str:
 
 def _not_its_own(wrong: int, checked: int, allowed: float) -> ValueError:
     return ValueError(
-        f"{wrong} of {checked} responses are not the model's output ({wrong / checked:.0%}, at most "
-        f"{allowed:.0%} allowed): were they made by another model, with sampling or with another "
-        "prompt? Leave the response column out to have them made, or raise --max-mismatch"
+        f"{wrong} of {checked} responses are not the model's output ({wrong / checked:.0%}, at "
+        f"most {allowed:.0%} allowed): were they made by another model, with sampling or with "
+        "another prompt? Leave the response column out to have them made, or raise --max-mismatch"
     )

@@ -79,8 +79,8 @@ class ShardResult:
     Attributes:
         examples: in the source's order.
         dropped: reason to count.
-        counts: "checked" responses, of them "mismatched" ones, "near_ties" (tokens) and the tokens
-            of all kept "response"s and "prompt"s.
+        counts: "checked" responses, of them "mismatched" ones, and "near_ties", tokens of the
+            others that are not the likeliest.
         seconds: by stage.
     """
 
@@ -269,9 +269,6 @@ class ShardMaker:
                     found[index] = entry.example
             tell("states", len(members), sum(map(len, responses)))
         result.examples = [found[index] for index in sorted(found)]
-        for example in result.examples:
-            result.counts["prompt_tokens"] += len(example.prompt)
-            result.counts["response_tokens"] += len(example.response)
 
     def _is_own(self, entry: Collected, result: ShardResult) -> bool:
         if any(math.isnan(gap) for gap in entry.gaps):
