@@ -16,8 +16,11 @@ if TYPE_CHECKING:
         generate,
         jacobi_decode,
     )
+    from .evaluation import Evaluation, evaluate
     from .patching import Handle, patch, patched
+    from .training.arguments import ConsistencyTrainingArguments
     from .training.config import ConsistencyConfig
+    from .training.trainer import ConsistencyTrainer
     from .training_patch import TrainingHandle, patch_training
     from .trajectory import Iteration, Trajectory, TrajectoryError
     from .verification import Verification, verify
@@ -26,6 +29,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConsistencyConfig",
+    "ConsistencyTrainer",
+    "ConsistencyTrainingArguments",
+    "Evaluation",
     "Handle",
     "Iteration",
     "JacobiConfig",
@@ -36,6 +42,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedOptionError",
     "Verification",
+    "evaluate",
     "generate",
     "jacobi_decode",
     "patch",
@@ -49,8 +56,11 @@ when_transformers_loads(lambda: import_module(".decoding.attention", __name__))
 
 # torch and transformers take seconds to import, `cllm --help` should not: names load on first use
 _HOMES = {
+    ".evaluation": ("Evaluation", "evaluate"),
     ".patching": ("Handle", "patch", "patched"),
+    ".training.arguments": ("ConsistencyTrainingArguments",),
     ".training.config": ("ConsistencyConfig",),
+    ".training.trainer": ("ConsistencyTrainer",),
     ".training_patch": ("TrainingHandle", "patch_training"),
     ".trajectory": ("Iteration", "Trajectory", "TrajectoryError"),
     ".verification": ("Verification", "verify"),

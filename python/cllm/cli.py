@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import collect, demo, generate, info, report
+from .commands import collect, demo, generate, info, report, train
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("collect")(collect.collect)
+app.command("train")(train.train)
 app.command("info")(info.info)
 app.command("report")(report.report)
 

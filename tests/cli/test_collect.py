@@ -290,8 +290,8 @@ def test_recipe_file(collect, whole, tmp_path, run, model_folder):
     assert result.code == 0, result.err
     assert files(tmp_path / "out") == files(whole)
     for text, message in (
-        ("blocksize: 8", "'blocksize' is no option of cllm collect"),
-        ("- a", "expected options as `name: value`"),
+        ("blocksize: 8", "unknown setting 'blocksize'; did you mean 'block_size'?"),
+        ("- a", "holds no settings"),
         ("a: [", "line 1: not YAML"),
         ("block-size: many", "Invalid value for '--block-size'"),
     ):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from .common import CommandError
+from ..training.recipe import read_recipe
 
 
 def config_option(section: str) -> Any:
@@ -31,18 +31,10 @@ def _reader(section: str) -> Callable[..., Path | None]:
     # the library recognises the context by its annotation
     def read(context: typer.Context, value: Path | None) -> Path | None:
         if value is not None:
-            values = read_recipe(value, section)
             flags = _flags(context.command.params)
-            chosen = {}
-            for name, setting in values.items():
-                parameter = flags.get(str(name).replace("_", "-"))
-                if parameter is None:
-                    raise CommandError(
-                        f"{value}: {name!r} is no option of cllm {section} "
-                        f"(see cllm {section} --help)"
-                    )
-                if setting is not None:
-                    chosen[parameter] = setting
+            values = read_recipe(value, section, list(flags))
+            chosen = {flags[name]: setting for name, setting in values.items()}
+            chosen = {name: setting for name, setting in chosen.items() if setting is not None}
             context.default_map = {**(context.default_map or {}), **chosen}
         return value
 
@@ -50,37 +42,10 @@ def _reader(section: str) -> Callable[..., Path | None]:
 
 
 def _flags(parameters: Any) -> dict[str, str]:
-    """Flag names without dashes in front to names of parameters."""
+    """Flag names, with underscores and without dashes in front, to names of parameters."""
     flags = {}
     for parameter in parameters:
         if parameter.name not in ("config", "help"):
             for flag in (*parameter.opts, *parameter.secondary_opts):
-                flags[flag.lstrip("-")] = parameter.name
+                flags[flag.lstrip("-").replace("-", "_")] = parameter.name
     return flags
-
-
-def read_recipe(path: Path, section: str) -> Mapping[str, Any]:
-    """The settings of a recipe for one command.
-
-    Raises:
-        CommandError: if it is no YAML mapping, or PyYAML is not installed.
-        OSError: if it cannot be read.
-    """
-    try:
-        import yaml
-    except ImportError as error:
-        raise CommandError(
-            f"{path}: reading it needs PyYAML; run: pip install 'cllm-kernels[train]'"
-        ) from error
-    try:
-        values = yaml.safe_load(path.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or "it cannot be read"
-        raise CommandError(f"{path}{place}: not YAML ({reason})") from error
-    if isinstance(values, dict) and section in values:
-        values = values[section] or {}
-    if not isinstance(values, dict):
-        raise CommandError(f"{path}: expected options as `name: value`, one a line")
-    return values

@@ -192,7 +192,8 @@ def _shares(
 def check_batch(batch: dict[str, Any]) -> tuple[float, float] | None:
     """Refuse a batch that is not of `ConsistencyCollator`'s form; its `totals`, if it has any."""
     known = (*TOKEN_FIELDS, *ROW_FIELDS, *CLEAN_FIELDS, *_IGNORED_FIELDS, "totals")
-    unknown = sorted(set(batch) - set(known))
+    # PEFT hands on every argument that its own forward names, as None
+    unknown = sorted(name for name in set(batch) - set(known) if batch[name] is not None)
     if unknown:
         raise ValueError(
             f"a packed batch has no field {unknown[0]!r}; batches are made by ConsistencyCollator"

@@ -1,0 +1,126 @@
+"""Folders that training leaves: replaced whole or not at all, with the recipe inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+
+RECIPE_FILE = "cllm_recipe.json"
+STATE_FILE = "cllm_trainer.json"
+_COMPLETE = "trainer_state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from; the message says why."""
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
+    write_atomically(path, text.encode("utf-8"))
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target` that takes its place at the end.
+
+    At every moment either `target` or one of its neighbours is a whole folder, and
+    `recover_folder` finds which, so a crash loses neither the old nor the new content.
+    """
+    recover_folder(target)
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    ready, old = _ready(target), _old(target)
+    os.rename(part, ready)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(ready, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Finish a replacement that `replaced_folder` was interrupted in."""
+    ready, old = _ready(target), _old(target)
+    if ready.exists():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+        os.rename(ready, target)
+    elif not target.exists() and old.exists():
+        os.rename(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _ready(target: Path) -> Path:
+    return target.with_name(target.name + ".ready")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(target.name + ".old")
+
+
+def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
+    """The newest ``checkpoint-<step>`` in `output` that was written to its end; None without."""
+    found: list[tuple[int, Path]] = []
+    folder = Path(output)
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        step = path.name.removeprefix("checkpoint-")
+        # transformers writes this file last
+        if step.isdigit() and (path / _COMPLETE).is_file():
+            found.append((int(step), path))
+    return max(found)[1] if found else None
+
+
+def checkpoint_to_resume(given: str | bool | None, output: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means: a folder, or True for the newest one.
+
+    Raises:
+        CheckpointError: if there is none, or the folder is not a whole checkpoint.
+    """
+    if given is None or given is False:
+        return None
+    if given is True:
+        found = last_checkpoint(output)
+        if found is None:
+            raise CheckpointError(
+                f"there is no checkpoint to resume from in {os.fspath(output)}; "
+                "start without resuming"
+            )
+        return found
+    path = Path(given)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}")
+    if not (path / _COMPLETE).is_file():
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: it has no {_COMPLETE}; resume from an earlier one"
+        )
+    return path
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `ConsistencyTrainer` keeps beside transformers' own files.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of consistency training"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings")
+    return state

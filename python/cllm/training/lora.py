@@ -1,0 +1,46 @@
+"""LoRA adapters through PEFT: put on before training, merged for those who want a plain model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from .arguments import ConsistencyTrainingArguments
+
+_NEEDS_PEFT = "LoRA needs the package peft; pip install 'cllm-kernels[train]'"
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a PEFT model."""
+    return hasattr(model, "peft_config") and callable(getattr(model, "disable_adapter", None))
+
+
+def add_adapters(model: Any, args: ConsistencyTrainingArguments) -> Any:
+    """A PEFT model around `model`, with the adapters that `args` ask for.
+
+    Raises:
+        ValueError: if peft is not installed, or no module has one of the names asked for.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(_NEEDS_PEFT) from error
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_r,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora_targets {args.lora_targets!r}: {error}") from error
+
+
+def merged(model: Any) -> Any:
+    """A copy of a PEFT model with its adapters merged into the weights, as a transformers model.
+
+    `model` stays as it is: merging and taking apart again would round its weights.
+    """
+    return copy.deepcopy(model).merge_and_unload()

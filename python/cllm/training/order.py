@@ -1,0 +1,71 @@
+"""What is trained on when, and with which noisy states: a function of (seed, epoch, row)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from .sampling import SampledExample, StateSampler, ended
+
+
+class NumberedExamples(Dataset[SampledExample]):
+    """Examples under numbers that carry the epoch: row ``index`` of epoch e is item
+    ``e * len(examples) + index``.
+
+    So the sampler alone says what is read: a worker process, a skipped batch or a resumed run
+    cannot be in another epoch than the rest.
+
+    Args:
+        examples: a sequence, or map-style data set, of `TrainingExample`.
+        sampler: draws the noisy states.
+        end_tokens: end-of-text tokens; nothing behind the first one in a response counts.
+    """
+
+    def __init__(self, examples: Any, sampler: StateSampler, end_tokens: Iterable[int] = ()):
+        self.examples = examples
+        self.sampler = sampler
+        self.end_tokens = tuple(end_tokens)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> SampledExample:
+        epoch, index = divmod(number, len(self.examples))
+        example = ended(self.examples[index], self.end_tokens)
+        return SampledExample(example, self.sampler(example, epoch, index))
+
+
+class EpochOrder(Sampler[int]):
+    """Numbers of `NumberedExamples` in the order of an epoch.
+
+    Args:
+        length: of the data set.
+        seed: of the permutations.
+        shuffle: False keeps the data set's order.
+    """
+
+    def __init__(self, length: int, seed: int, *, shuffle: bool = True):
+        self._length = length
+        self._seed = seed
+        self._shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self._length
+        if not self._shuffle:
+            yield from range(first, first + self._length)
+            return
+        # a generator's seed is one number of 64 bits: 2**20 epochs fit below the run's seed
+        generator = torch.Generator().manual_seed((self._seed * 2**20 + self.epoch) % 2**63)
+        for index in torch.randperm(self._length, generator=generator).tolist():
+            yield first + index

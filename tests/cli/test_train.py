@@ -1,0 +1,172 @@
+"""``cllm train``: flags and recipes, what it leaves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.training.tiny_trajectories import store
+
+from .harness import PROMPTS, start, write_prompts
+
+
+@pytest.fixture(scope="session")
+def trajectories(model_folder, tmp_path_factory):
+    """Six responses of the tiny model."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return store(tmp_path_factory.mktemp("trajectories") / "tiny", model, tokenizer, 6)
+
+
+@pytest.fixture
+def flags(model_folder, trajectories, tmp_path):
+    """What every run needs."""
+    return (
+        *("train", "--model", model_folder, "--trajectories", trajectories),
+        *("--output", tmp_path / "out", "--max-steps", 2, "--threads", 1),
+    )
+
+
+def test_flags_to_a_folder_that_decodes(run, flags, tmp_path):
+    prompts = write_prompts(tmp_path / "eval.jsonl", PROMPTS[:3])
+    result = run(
+        *flags,
+        *("--eval-prompts", prompts, "--eval-steps", 1, "--eval-max-new-tokens", 8),
+        *("--learning-rate", 1e-4, "--batch-size", 2, "--no-stop-on-quality"),
+    )
+    assert result.code == 0, result.err
+    assert "3 held-out prompts" in result.out and f"last model, step 2: {tmp_path / 'out'}" in (
+        result.out
+    )
+    assert "step 1: " in result.err and "the bound" in result.err
+    out = tmp_path / "out"
+    recipe = json.loads((out / "cllm_recipe.json").read_text())
+    assert recipe["arguments"]["per_device_train_batch_size"] == 2
+    assert recipe["arguments"]["learning_rate"] == 1e-4 and recipe["step"] == 2
+    decoded = run("generate", "--model", out, "--prompt", "the cat", "--max-new-tokens", 4)
+    assert decoded.code == 0 and decoded.out
+
+
+def test_a_recipe_and_flags_that_win(run, flags, model_folder, trajectories, tmp_path):
+    prompts = tmp_path / "eval.jsonl"
+    prompts.write_text('{"question": "the cat"}\n{"question": "the dog"}\n{"question": "a"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""\
+model: {model_folder}
+collect:
+  limit: 3
+train:
+  trajectories: {trajectories}
+  output: {tmp_path / "recipe-out"}
+  learning-rate: 1e-5
+  max_steps: 9
+  weight_decay: 0.01
+  ar_weight: 3
+  eval_prompts:
+    prompts: {prompts}
+    prompt_column: question
+    limit: 2
+  eval_max_new_tokens: 4
+  use_cpu: true
+"""
+    )
+    result = run("train", "--config", recipe, "--max-steps", 1, "--lora-r", 2, "--merge-lora")
+    assert result.code == 0, result.err
+    out = tmp_path / "recipe-out"
+    written = json.loads((out / "cllm_recipe.json").read_text())["arguments"]
+    assert (written["max_steps"], written["learning_rate"]) == (1, 1e-5)
+    assert (written["weight_decay"], written["ar_weight"], written["lora_r"]) == (0.01, 3, 2)
+    # evaluated at the end although no eval_steps were given
+    assert "2 held-out prompts" in result.out
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_an_interrupted_run_goes_on(run, flags, tmp_path):
+    saving = ("--save-steps", 1)
+    process = start(*flags, *saving, "--max-steps", 100000)
+    try:
+        deadline = time.monotonic() + 90
+        while not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "go on with --resume last" in errors
+    refused = run(*flags, *saving)
+    assert refused.code == 2 and "go on with it by --resume last" in refused.error
+    checkpoints = (tmp_path / "out").glob("checkpoint-*")
+    done = max(int(path.name.removeprefix("checkpoint-")) for path in checkpoints)
+    result = run(*flags, *saving, "--max-steps", done + 3, "--resume", "last")
+    assert result.code == 0, result.err
+    assert f"step {done + 3}" in result.out
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (("--trajectories", "nowhere"), "nowhere has no manifest.json"),
+        (("--output", "file"), "file is a file"),
+        (("--learning-rate", "fast"), "--learning-rate"),
+        (("--teacher", "nobody"), "teacher must be one of 'self', 'base', 'ema'"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--max-steps", "0"), "--max-steps"),
+        (("--eval-steps", "1"), "--eval-steps needs --eval-prompts"),
+        (("--eval-prompts", "missing.jsonl"), "missing.jsonl"),
+        (("--resume", "nowhere"), "there is no checkpoint folder nowhere"),
+        (("--resume", "last"), "no checkpoint to resume from"),
+        (("--lora-r", "2", "--lora-targets", "nothing"), "lora_targets ['nothing']"),
+        (("--merge-lora",), "merge_lora needs adapters"),
+        (("--config", "missing.yaml"), "missing.yaml: No such file"),
+        (("--model", "./nowhere"), "there is no model folder ./nowhere"),
+        (("--lerning-rate", "1"), "--lerning-rate"),
+    ],
+)
+def test_bad_input(run, flags, extra, expected):
+    with open("file", "w"):
+        pass
+    result = run(*flags, *extra)
+    assert result.code == 2 and result.out == ""
+    assert expected in result.error
+
+
+def test_what_must_be_said(run, flags):
+    assert "--output FOLDER" in run("train").error
+    assert "--trajectories FOLDER" in run("train", "--output", "out").error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate: 1e-5\n", "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("train:\n  ar_wieght: 1\n", "section train: unknown setting 'ar_wieght'; did you mean"),
+        ("epochs: 1\nnum_train_epochs: 2\n", "'epochs' and 'num_train_epochs' are one setting"),
+        ("ar_weight: heavy\n", "ar_weight must be a number, not 'heavy'"),
+        ("eval_prompts:\n  file: x\n", "eval_prompts: unknown setting 'file'"),
+        ("eval_prompts: {split: test}\n", "say which file or data set"),
+        ("dtype: int8\n", "dtype must be one of float32"),
+    ],
+)
+def test_bad_recipes(run, flags, tmp_path, text, expected):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    result = run(*flags, "--config", recipe)
+    assert result.code == 2 and expected in result.error
+
+
+def test_another_models_trajectories(run, flags, model_folder, tmp_path):
+    folder = tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    result = run(*flags, "--model", folder)
+    assert result.code == 2 and "the tokenizer is not the one that" in result.error
