@@ -14,6 +14,7 @@ packed loss counts, divided by the same numbers: it proves that both sides do th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,13 @@ def blocks_of(sample: SampledExample) -> Iterator[Block]:
     for entry, block in enumerate(example.blocks):
         prefix = example.prompt + example.response[: example.block_start(entry)]
         yield Block(prefix, block.fixed_point, block.states[picks.get(entry, 0)])
+
+
+def last_block(sample: SampledExample) -> SampledExample:
+    """The same response with its last block alone to train on."""
+    example, last = sample.example, len(sample.example.blocks) - 1
+    alone = replace(example, blocks=example.blocks[last:], block_index=example.block_index[last:])
+    return SampledExample(alone, [(0, state) for entry, state in sample.picks if entry == last])
 
 
 def tokens_forwarded(sample: SampledExample) -> int:

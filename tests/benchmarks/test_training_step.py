@@ -98,6 +98,14 @@ def test_the_published_algorithm_on_a_single_block(examples):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_the_last_block_is_the_longest(examples):
+    """So that its peak memory is the published algorithm's."""
+    sample = responses.sampled(examples[0], step.CONFIG)
+    blocks = list(written_out.blocks_of(sample))
+    assert list(written_out.blocks_of(written_out.last_block(sample))) == blocks[-1:]
+    assert len(blocks[-1].prefix) == max(len(block.prefix) for block in blocks)
+
+
 def test_cut_responses_have_the_trajectories_of_short_ones(examples):
     model, prompts = responses.model_and_prompts(None, True, "float32", "cpu", 2)
     short = responses.collect(model, prompts, 12, 6)
