@@ -19,8 +19,9 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cu
 demo: $(VENV)/.ready
 	$(BIN)/cllm demo
 
+# one process a core, each with one thread: tiny models gain nothing from more
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # on a machine with a GPU: kernel tests on it, compute-sanitizer, a dated record (exit 2: no GPU)
 test-gpu: $(VENV)/.ready
@@ -33,7 +34,7 @@ $(VENV)/oldest/.ready: $(VENV)/.ready
 	touch $@
 
 test-oldest: $(VENV)/oldest/.ready
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/decoding -p no:cacheprovider
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/decoding -p no:cacheprovider -n auto --dist worksteal
 
 $(VENV)/.lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[lint]'

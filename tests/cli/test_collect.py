@@ -46,6 +46,16 @@ def whole(tmp_path_factory, model_folder):
     return folder / "out"
 
 
+def test_a_local_file_takes_the_place_of_a_recipes_data_set(collect, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("collect:\n  prompts: some/hub-name\n  dataset_config: main\n")
+    refused = collect(tmp_path / "out", "--config", recipe)
+    assert refused.code == 2 and "is a file; it has no configuration 'main'" in refused.err
+    taken = collect(tmp_path / "out", "--config", recipe, "--dataset-config", "", "--limit", 2)
+    assert taken.code == 0, taken.err
+    assert len(rows(tmp_path / "out")) == 2
+
+
 def rows(folder: Path) -> list:
     return list(load_trajectories(folder))
 

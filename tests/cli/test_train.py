@@ -9,6 +9,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.training.curves import draw, read_run
 from tests.training.tiny_trajectories import store
 
 from .harness import PROMPTS, start, write_prompts
@@ -49,6 +50,12 @@ def test_flags_to_a_folder_that_decodes(run, flags, tmp_path):
     assert recipe["arguments"]["learning_rate"] == 1e-4 and recipe["step"] == 2
     decoded = run("generate", "--model", out, "--prompt", "the cat", "--max-new-tokens", 4)
     assert decoded.code == 0 and decoded.out
+
+    curve = read_run(out)  # what the benchmark makes of it
+    assert [point["step"] for point in curve["evaluations"]] == [1, 2]
+    assert curve["trained"]["nominal"] == curve["evaluations"][-1]["noisy_tokens"] > 0
+    draw({"runs": {"tiny": curve}}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_recipe_and_flags_that_win(run, flags, model_folder, trajectories, tmp_path):

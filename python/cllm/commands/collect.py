@@ -71,7 +71,7 @@ def collect(
         str | None,
         typer.Option(
             "--dataset-config",
-            help="Configuration of a data set that has several.",
+            help="Configuration of a data set that has several; '' takes back a recipe's.",
             rich_help_panel=_SOURCE,
         ),
     ] = None,
@@ -275,7 +275,7 @@ def collect(
     )
     source = Source(
         prompts,
-        config=dataset_config,
+        config=dataset_config or None,
         split=split,
         where=where or (),
         holdout_by=holdout_by,

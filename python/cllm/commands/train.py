@@ -225,6 +225,7 @@ def _run(
     finally:
         view.close()
     trainer.save_model()
+    trainer.save_state()  # every log and evaluation of the run: trainer_state.json
     if args.process_index == 0:
         _report(trainer, args)
     return 0
