@@ -65,11 +65,11 @@ def _cpu_name() -> str:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Median and quartiles, which never lie beyond the values."""
     ordered = sorted(values)
     if len(ordered) < 2:
         return {"median": ordered[0], "low": ordered[0], "high": ordered[0]}
-    low, median, high = statistics.quantiles(ordered, n=4)
+    low, median, high = statistics.quantiles(ordered, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 

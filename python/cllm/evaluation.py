@@ -20,6 +20,7 @@ from torch import Tensor
 from .decoding import JacobiConfig, JacobiOutput, generate
 from .head import LanguageHead, evaluating
 from .prompts import Prompt, check_length, encode
+from .responders import end_tokens, left_padded
 from .text_quality import repeated_ngrams
 
 # rows whose logits [rows, V] exist at a time while a text is scored
@@ -240,12 +241,7 @@ def decode_texts(
     found: dict[int, DecodedText] = {}
     with evaluating(model):
         for rows in _batches(prompts, batch_size):
-            width = max(len(prompts[row]) for row in rows)
-            ids = torch.full((len(rows), width), pad)
-            mask = torch.zeros_like(ids)
-            for line, row in enumerate(rows):
-                ids[line, width - len(prompts[row]) :] = torch.tensor(prompts[row])
-                mask[line, width - len(prompts[row]) :] = 1
+            ids, mask = left_padded([prompts[row] for row in rows], pad)
             out = generate(
                 model,
                 input_ids=ids.to(device),
@@ -268,7 +264,7 @@ def decode_texts(
                     fast_forwarded=sum(trajectory.fast_forwarded),
                     stationary=sum(trajectory.stationary),
                     ended=len(trajectory.tokens) < max_new_tokens
-                    or trajectory.tokens[-1] in _stop_tokens(model),
+                    or trajectory.tokens[-1] in end_tokens(model),
                 )
     return [found[row] for row in range(len(prompts))]
 
@@ -364,11 +360,6 @@ def _batches(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def _stop_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,9 +1,8 @@
 """Train a small byte-level language model on this repository's own text.
 
-It is the base of `make train-tiny`: a model that everybody can make in minutes, to be turned into a
-consistency LLM by `cllm collect` and `cllm train`. It learns its text by heart, which is what so
-small a model can do in minutes without repeating itself. Beside it lie prompts, the beginnings of
-passages: some to collect trajectories from, and others to evaluate on.
+A model that everybody can make in minutes, to try `cllm collect` and `cllm train` on. It learns its
+text by heart, which is what so small a model can do in minutes without repeating itself. Beside it
+lie prompts, the beginnings of passages: some to collect trajectories from, others to evaluate on.
 """
 
 from __future__ import annotations

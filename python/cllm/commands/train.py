@@ -94,7 +94,7 @@ def train(
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option("--gradient-checkpointing", help="Less memory, a third slower."),
+        typer.Option("--gradient-checkpointing", help="Less memory, more time: activations are made twice."),
     ] = None,
     teacher: Annotated[
         str | None,

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from .sampling import SampledExample, StateSampler, ended
+from .sampling import SampledDataset, SampledExample
 
 
-class NumberedExamples(Dataset[SampledExample]):
+class NumberedExamples(SampledDataset):
     """Examples under numbers that carry the epoch: row ``index`` of epoch e is item
     ``e * len(examples) + index``.
 
     So the sampler alone says what is read: a worker process, a skipped batch or a resumed run
     cannot be in another epoch than the rest.
-
-    Args:
-        examples: a sequence, or map-style data set, of `TrainingExample`.
-        sampler: draws the noisy states.
-        end_tokens: end-of-text tokens; nothing behind the first one in a response counts.
     """
 
-    def __init__(self, examples: Any, sampler: StateSampler, end_tokens: Iterable[int] = ()):
-        self.examples = examples
-        self.sampler = sampler
-        self.end_tokens = tuple(end_tokens)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
     def __getitem__(self, number: int) -> SampledExample:
-        epoch, index = divmod(number, len(self.examples))
-        example = ended(self.examples[index], self.end_tokens)
-        return SampledExample(example, self.sampler(example, epoch, index))
+        epoch, index = divmod(number, len(self))
+        return self.drawn(index, epoch)
 
 
 class EpochOrder(Sampler[int]):

@@ -141,5 +141,9 @@ class SampledDataset(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> SampledExample:
+        return self.drawn(index, self.epoch)
+
+    def drawn(self, index: int, epoch: int) -> SampledExample:
+        """Row `index` with the states of `epoch`."""
         example = ended(self.examples[index], self.end_tokens)
-        return SampledExample(example, self.sampler(example, self.epoch, index))
+        return SampledExample(example, self.sampler(example, epoch, index))

@@ -34,7 +34,6 @@ from .lora import add_adapters, is_peft, merged
 from .meter import Counts, Meter
 from .order import EpochOrder, NumberedExamples
 from .quality import QualityWatch, Verdict
-from .sampling import StateSampler
 from .store import versions
 
 logger = logging.get_logger(__name__)
@@ -102,12 +101,13 @@ class ConsistencyTrainer(Trainer):
             model = add_adapters(model, args)
         dataset = trajectories(train_dataset, processing_class)
         seed = args.data_seed if args.data_seed is not None else args.seed
-        sampler = StateSampler(args.consistency_config(), seed)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=NumberedExamples(dataset, sampler, end_tokens(model)),
+            train_dataset=NumberedExamples(
+                dataset, args.consistency_config(), seed, end_tokens(model)
+            ),
             # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
