@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import cllm
+from cllm.decoding.support import check_model
 from cllm.fill import fill_table
 from cllm.prompts import encode, shipped_prompts
 from cllm.training.collect.block_parallel import collect_states
@@ -44,11 +45,12 @@ def sequential(
     """
     device = model.device
     cache = DynamicCache()
+    kept = {check_model(model).cache_argument: cache}
     if len(prompt) > 1:
         model(
             input_ids=torch.tensor([prompt[:-1]], device=device),
-            past_key_values=cache,
             logits_to_keep=1,
+            **kept,
         )
     blocks = []
     for start in range(0, len(response), n):
@@ -59,7 +61,7 @@ def sequential(
         states = [state]
         while True:
             window = torch.cat([before, state[:-1]])[None]
-            logits = model(input_ids=window, past_key_values=cache).logits
+            logits = model(input_ids=window, **kept).logits
             # only the last guess, which is never fed, may still be wrong: then the cache is final
             final = torch.equal(state[:-1], fixed[:-1])
             state = logits[0].argmax(dim=-1)

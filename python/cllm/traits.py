@@ -3,14 +3,24 @@ layers may attend to. Found out from the model, not from a list of class names."
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _ATTENTION_TYPES = (FULL, SLIDING, CHUNKED)
+CACHE_ARGUMENTS = ("past_key_values", "cache")
 
 
 class UnsupportedModelError(ValueError):
     """The model cannot be decoded, or trained, this way; the message says why."""
+
+
+def cache_argument(parameters: Collection[str]) -> str | None:
+    """What a forward with these parameters calls its KV cache; None if it takes none.
+
+    transformers renamed it in 5.24: its own models then say ``cache``, others what they always did.
+    """
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
 
 
 def unwrapped(model: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import cllm
+from cllm.decoding.support import check_model
 
 from .tiny_models import VOCAB, fresh_model, prompts, tiny_model
 
@@ -92,10 +93,11 @@ def test_mixed_devices():
 
 def test_another_cache():
     model = tiny_model("llama")
-    cache = hf.DynamicCache()
-    model(**prompts([3]), past_key_values=cache, use_cache=True)
-    with pytest.raises(cllm.UnsupportedOptionError, match="past_key_values"):
-        cllm.generate(model, **prompts([6]), past_key_values=cache, max_new_tokens=4)
+    name = check_model(model).cache_argument
+    cache = {name: hf.DynamicCache()}
+    model(**prompts([3]), **cache, use_cache=True)
+    with pytest.raises(cllm.UnsupportedOptionError, match=name):
+        cllm.generate(model, **prompts([6]), **cache, max_new_tokens=4)
 
 
 ARCHITECTURES = {

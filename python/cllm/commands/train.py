@@ -94,7 +94,9 @@ def train(
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option("--gradient-checkpointing", help="Less memory, more time: activations are made twice."),
+        typer.Option(
+            "--gradient-checkpointing", help="Less memory: activations are made twice."
+        ),
     ] = None,
     teacher: Annotated[
         str | None,

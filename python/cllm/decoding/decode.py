@@ -11,6 +11,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..fill import Fill, fill_table
+from ..traits import CACHE_ARGUMENTS
 from .config import Accept, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .loop import DecodingLoop, WindowState
@@ -24,7 +25,7 @@ _PREPARED = frozenset(
         "attention_mask",
         "position_ids",
         "cache_position",
-        "past_key_values",
+        *CACHE_ARGUMENTS,
         "use_cache",
         "logits_to_keep",
         "return_dict",
@@ -276,11 +277,12 @@ def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, A
         )
     if model_kwargs.get("synced_gpus"):
         raise UnsupportedOptionError("synced_gpus=True", "rows of other ranks are not waited for")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise UnsupportedOptionError(
-            "past_key_values", "it cannot continue another cache; pass the whole text as input_ids"
-        )
+    for name in CACHE_ARGUMENTS:
+        past = model_kwargs.get(name)
+        if past is not None and past.get_seq_length() > 0:
+            raise UnsupportedOptionError(
+                name, "it cannot continue another cache; pass the whole text as input_ids"
+            )
     for name, value in model_kwargs.items():
         if value is not None and name not in _PREPARED and name not in ("synced_gpus",):
             raise UnsupportedOptionError(

@@ -99,7 +99,7 @@ class BlockForward:
             for kind, size in traits.mask_kinds.items()
             if self.plan.handed
         }
-        self._call: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        self._call: dict[str, Any] = {traits.cache_argument: self.cache, "use_cache": True}
 
     def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
         """Fill the cache from right-padded prompts.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..traits import UnsupportedModelError, mask_kinds
+from ..traits import UnsupportedModelError, cache_argument, mask_kinds
 from .attention import chosen_implementation
 
 
@@ -33,6 +33,7 @@ class ModelTraits:
         mask_kinds: layer type to window or chunk size (None for full attention).
         mask_dict: the model takes one mask per layer type.
         additive_masks: masks must be floating point (eager attention), not boolean.
+        cache_argument: what the forward calls its KV cache.
         takes_positions: the forward has `position_ids`.
         takes_logits_to_keep: the forward can skip the logits of the prefill.
         context: positions the model was made for, or None where its config names none.
@@ -45,6 +46,7 @@ class ModelTraits:
     mask_kinds: dict[str, int | None]
     mask_dict: bool
     additive_masks: bool
+    cache_argument: str
     takes_positions: bool
     takes_logits_to_keep: bool
     context: int | None
@@ -77,7 +79,8 @@ def check_model(model: Any) -> ModelTraits:
     _check_rewindable(model, name, text)
     _check_not_prompt_tuned(model)
     parameters = _forward_parameters(model)
-    if "past_key_values" not in parameters:
+    cache = cache_argument(parameters)
+    if cache is None:
         raise UnsupportedModelError(
             f"the forward of {name} takes no past_key_values; Jacobi decoding needs a KV cache"
         )
@@ -98,6 +101,7 @@ def check_model(model: Any) -> ModelTraits:
         mask_kinds=kinds,
         mask_dict=len(kinds) > 1,
         additive_masks=implementation == "eager",
+        cache_argument=cache,
         takes_positions=takes_positions,
         takes_logits_to_keep="logits_to_keep" in parameters,
         context=context,
@@ -109,7 +113,7 @@ def check_model(model: Any) -> ModelTraits:
 
 def _forward_parameters(model: Any) -> set[str]:
     parameters = set(inspect.signature(model.forward).parameters)
-    if "past_key_values" not in parameters:
+    if cache_argument(parameters) is None:
         # a wrapper (PEFT, a hook) forwards *args and **kwargs: ask what it wraps
         base = getattr(model, "get_base_model", None)
         if callable(base):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...head import LanguageHead
-from ...traits import CHUNKED, SLIDING, UnsupportedModelError, mask_kinds
+from ...traits import CHUNKED, SLIDING, UnsupportedModelError, cache_argument, mask_kinds
 
 
 @dataclass
@@ -118,12 +118,16 @@ class SegmentForward:
             )
         self.mask_dtype = inner.dtype if implementation == "eager" else None
         parameters = inspect.signature(self.decoder.forward).parameters
-        for needed in ("past_key_values", "position_ids"):
-            if needed not in parameters:
+        cache_name = cache_argument(parameters)
+        for needed, there in (
+            ("past_key_values", cache_name), ("position_ids", "position_ids" in parameters)
+        ):  # fmt: skip
+            if not there:
                 raise UnsupportedModelError(
                     f"the decoder of {name} takes no {needed}, so its trajectories cannot be "
                     "collected for all blocks at once"
                 )
+        self.cache_name = str(cache_name)
         self.plan = _Plan(room=room)
         # called without arguments for every layer that the model turns out to have
         self.cache = Cache(layer_class_to_replicate=partial(SegmentLayer, self.plan))  # type: ignore[arg-type]
@@ -170,9 +174,9 @@ class SegmentForward:
             input_ids=tokens,
             attention_mask=masks,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{self.cache_name: self.cache},
         ).last_hidden_state
 
 
