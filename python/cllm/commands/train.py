@@ -94,9 +94,7 @@ def train(
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
-        typer.Option(
-            "--gradient-checkpointing", help="Less memory: activations are made twice."
-        ),
+        typer.Option("--gradient-checkpointing", help="Less memory: activations are made twice."),
     ] = None,
     teacher: Annotated[
         str | None,
