@@ -113,32 +113,33 @@ def trained(folder: str, base: Any) -> Any:
     return load(folder, "float32", "cpu")[0]
 
 
-def decoded(model: Any, tokenizer: Any, task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """Texts of all prompts of a task, JSON-serialisable."""
+def decoded(
+    model: Any, base: Any, tokenizer: Any, task: Task, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Texts of all prompts of a task and what the base thinks of them, JSON-serialisable."""
     start = time.perf_counter()
     texts = decode_texts(
         model, tokenizer, task.prompts, config=cllm.JacobiConfig(block_size=options.block_size),
         max_new_tokens=task.max_new_tokens, batch_size=options.batch_size,
     )  # fmt: skip
+    seconds = time.perf_counter() - start
+    responses = [text.tokens for text in texts]
     return {
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "texts": [vars(text) for text in texts],
+        "nll": negative_log_likelihoods(base, task.prompts, responses, options.batch_size),
     }
 
 
 def quality(
-    base: Any, tokenizer: Any, task: Task, mine: dict[str, Any], reference: dict[str, Any],
-    batch_size: int,
-) -> dict[str, Any]:  # fmt: skip
+    tokenizer: Any, task: Task, mine: dict[str, Any], reference: dict[str, Any]
+) -> dict[str, Any]:
     """Speed and quality of one model's texts beside the base's."""
     texts = [DecodedText(**text) for text in mine["texts"]]
     references = [text["tokens"] for text in reference["texts"]]
-    responses = [text.tokens for text in texts]
-    own = negative_log_likelihoods(base, task.prompts, responses, batch_size)
-    base_own = negative_log_likelihoods(base, task.prompts, references, batch_size)
-    found = summarise(texts, references, own, base_own, mine["seconds"]).metrics()
+    found = summarise(texts, references, mine["nll"], reference["nll"], mine["seconds"]).metrics()
     if task.answers is not None:
-        written = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in responses]
+        written = [tokenizer.decode(text.tokens, skip_special_tokens=True) for text in texts]
         found["answer_accuracy"] = answer_accuracy(written, task.answers)
     return found
 
@@ -223,15 +224,16 @@ def main() -> None:
         rows: dict[str, Any] = {}
         texts: dict[str, Any] = {}
         for name, model in models.items():
-            key = [weights_digest(model), task.prompts, task.max_new_tokens, options.block_size]
+            key = [
+                weights_digest(base), weights_digest(model), task.prompts, task.max_new_tokens,
+                options.block_size,
+            ]  # fmt: skip
             texts[name] = kept.get(
                 f"texts-{task.name}",
                 key,
-                lambda model=model, task=task: decoded(model, tokenizer, task, options),
+                lambda model=model, task=task: decoded(model, base, tokenizer, task, options),
             )
-            rows[name] = quality(
-                base, tokenizer, task, texts[name], texts[BASE], options.batch_size
-            )
+            rows[name] = quality(tokenizer, task, texts[name], texts[BASE])
             print(f"{task.name}, {name}: {rows[name]['tokens_per_forward']:.3f} tokens a forward")
         results[task.name] = {
             "prompts": len(task.prompts),

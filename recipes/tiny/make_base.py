@@ -25,7 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder for the model and the prompts")
     parser.add_argument("--texts", nargs="+", default=TEXTS, help="files to learn, from the root")
-    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps")
+    parser.add_argument("--bytes", type=int, default=4000, help="how much of them")
+    parser.add_argument("--steps", type=int, default=500, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=8, help="passages a step")
     parser.add_argument("--passage", type=int, default=256, help="bytes of a passage")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size")
@@ -37,13 +38,13 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
-    text = read(options.texts)
+    text = read(options.texts)[: options.bytes]
     tokenizer = byte_tokenizer()
     model = train(tokenizer, text, options)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    passages = beginnings(text, options.prompts + options.held_out, options.prompt_bytes)
-    random.Random(options.seed).shuffle(passages)
+    count = options.prompts + options.held_out
+    passages = beginnings(text, count, options.prompt_bytes, options.seed)
     for name, rows in (
         ("held_out", passages[: options.held_out]),
         ("prompts", passages[options.held_out :]),
@@ -144,17 +145,18 @@ class Passages(torch.utils.data.Dataset):
         return {"input_ids": passage, "labels": passage}
 
 
-def beginnings(text: str, count: int, width: int) -> list[str]:
-    """The first `width` characters of `count` passages that start at words, evenly over the text.
+def beginnings(text: str, count: int, width: int, seed: int) -> list[str]:
+    """The first `width` characters of `count` passages that start at words, in random order.
+
+    Passages overlap where the text is short, but no two start at the same word.
 
     Raises:
-        SystemExit: if the text is too short for so many that do not overlap.
+        SystemExit: if the text has fewer words than that.
     """
-    stride = (len(text) - 4 * width) // count
-    if stride < width:
-        raise SystemExit(f"{len(text)} characters have no room for {count} prompts of {width}")
-    starts = [text.find(" ", number * stride) + 1 for number in range(count)]
-    return [text[start : start + width] for start in starts]
+    starts = [match.end() for match in re.finditer(r"\s(?=\w)", text[: -4 * width])]
+    if len(starts) < count:
+        raise SystemExit(f"the text has {len(starts)} words to start at, fewer than {count}")
+    return [text[start : start + width] for start in random.Random(seed).sample(starts, count)]
 
 
 if __name__ == "__main__":

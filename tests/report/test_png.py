@@ -92,3 +92,19 @@ def test_an_empty_trajectory_leaves_no_file(tmp_path, sliding):
     with pytest.raises(ReportError):
         write_png(replace(sliding, iterations=[]), tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_side_by_side(tmp_path, sliding, long):
+    both = pixels(write_png([sliding, long], tmp_path / "both.png", titles=["before", "after"]))
+    alone = [pixels(write_png(one, tmp_path / "one.png")).shape for one in (sliding, long)]
+    assert both.shape[1] >= 2 * 1350 and both.shape[0] <= max(shape[0] for shape in alone)
+    half = both.shape[1] // 2
+    for side in (both[:, :half], both[:, half:]):
+        assert share_of(side, palette.FIXED.fill) > 0.0005
+    assert (tmp_path / "both.png").read_bytes() != write_png(
+        [sliding, long], tmp_path / "other.png", titles=["before", "behind"]
+    ).read_bytes()
+    for wrong in (([], None), ([sliding], ["one", "two"])):
+        with pytest.raises(ReportError, match="one title for each"):
+            write_png(wrong[0], tmp_path / "none.png", titles=wrong[1])
+    assert not (tmp_path / "none.png").exists()

@@ -33,20 +33,26 @@ __all__ = [
 ]
 
 
-def write_png(trajectory: Trajectory, path: str | os.PathLike[str]) -> Path:
-    """Draw one trajectory into a PNG file; see `cllm.report.png.write_png`.
+def write_png(
+    trajectory: Trajectory | Sequence[Trajectory],
+    path: str | os.PathLike[str],
+    *,
+    titles: Sequence[str] | None = None,
+) -> Path:
+    """Draw one trajectory, or several side by side, into a PNG; see `cllm.report.png.write_png`.
 
     Returns:
         The path written.
 
     Raises:
-        ReportError: if the trajectory has no iterations or tokens.
+        ReportError: if a trajectory has no iterations or tokens, or there is none, or not one title
+            for each.
         OSError: if the file cannot be written.
     """
     # matplotlib is slow to import, and neither the terminal nor the page needs it
     from . import png
 
-    return png.write_png(trajectory, path)
+    return png.write_png(trajectory, path, titles=titles)
 
 
 def write_report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.cells import cell_len, set_cell_size
 
 from ..files import write_atomically
 from ..trajectory import Trajectory
-from .cells import Cell, Grid, Row, build_grid
+from .cells import Cell, Grid, ReportError, Row, build_grid
 from .fonts import drawable, font
 from .palette import (
     FAST_FORWARDED,
@@ -45,22 +45,41 @@ _TITLE_INK, _INK, _FAINT, _RULE = "#111827", "#374151", "#6b7280", "#d1d5db"
 _Box = tuple[float, float, float, float]  # x, y, width, height
 
 
-def write_png(trajectory: Trajectory, path: str | os.PathLike[str]) -> Path:
-    """Draw the trajectory's grid into a PNG file.
+_TITLE = "Jacobi decoding: one row per iteration, one cell per token"
+
+
+def write_png(
+    trajectory: Trajectory | Sequence[Trajectory],
+    path: str | os.PathLike[str],
+    *,
+    titles: Sequence[str] | None = None,
+) -> Path:
+    """Draw the grid of one trajectory, or those of several side by side, into a PNG file.
 
     Tokens are written into their cells where all columns with text fit into the picture; longer
     generations become a map of smaller cells. The file appears whole or not at all.
+
+    Args:
+        titles: what stands above each grid; by default what a grid is.
 
     Returns:
         The path written.
 
     Raises:
-        ReportError: if the trajectory has no iterations or tokens.
+        ReportError: if a trajectory has no iterations or tokens, or there is none, or not one title
+            for each.
         OSError: if the file cannot be written.
     """
-    grid = build_grid(trajectory)
+    trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
+    titles = [_TITLE] * len(trajectories) if titles is None else list(titles)
+    if not trajectories or len(titles) != len(trajectories):
+        raise ReportError(
+            f"{len(trajectories)} trajectories with {len(titles)} titles: give at least one "
+            "trajectory, and one title for each"
+        )
+    grids = [build_grid(one) for one in trajectories]
     buffer = io.BytesIO()
-    _draw(grid).print_png(buffer)
+    _draw(grids, titles).print_png(buffer)
     return write_atomically(path, buffer.getvalue())
 
 
@@ -94,14 +113,15 @@ class _Layout:
         return x, y, self.edges[column + 1] - x - self.gap, self.cell_height - self.gap
 
 
-def _layout(grid: Grid) -> _Layout:
+def _layout(grid: Grid, share: float, text: bool = True) -> _Layout:
+    """Where the cells of a grid stand that has this share of the picture's width."""
     rows = len(grid.rows)
     characters = _text_columns(grid)
     widths = [(count + 1.2) * _CHARACTER for count in characters]
     cell_height, gap = 0.19, 0.018
-    if sum(widths) > _WIDEST_WITH_TEXT or rows * cell_height > _TALLEST:
+    if not text or sum(widths) > share * _WIDEST_WITH_TEXT or rows * cell_height > _TALLEST:
         characters = ()
-        cell = min(max(_WIDEST / grid.columns, 0.004), 0.16)
+        cell = min(max(share * _WIDEST / grid.columns, 0.004), 0.16)
         widths = [cell] * grid.columns
         cell_height = min(max(cell, 0.03), _TALLEST / rows)
         gap = 0.12 * min(cell, cell_height)
@@ -125,20 +145,27 @@ def _text_columns(grid: Grid) -> tuple[int, ...]:
     return tuple(min(length, _MOST_CHARACTERS) for length in longest)
 
 
-def _draw(grid: Grid) -> FigureCanvasAgg:
-    layout = _layout(grid)
-    figure = Figure(figsize=(layout.width, layout.height), dpi=_DPI, facecolor="white")
+def _draw(grids: Sequence[Grid], titles: Sequence[str]) -> FigureCanvasAgg:
+    layouts = [_layout(grid, 1 / len(grids)) for grid in grids]
+    if not all(layout.characters for layout in layouts):
+        # cells with text in one grid and without in another would not compare
+        layouts = [_layout(grid, 1 / len(grids), text=False) for grid in grids]
+    width, height = sum(one.width for one in layouts), max(one.height for one in layouts)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set_axis_off()
-    axes.set_xlim(0, layout.width)
-    axes.set_ylim(layout.height, 0)
-    _head(axes, grid, layout)
-    _legend(axes, canvas)
-    _rulers(axes, grid, layout)
-    _cells(axes, grid, layout)
-    if layout.characters:
-        _pieces(axes, grid, layout)
+    left = 0.0
+    for grid, layout, title in zip(grids, layouts, titles, strict=True):
+        axes = figure.add_axes((left / width, 0.0, layout.width / width, 1.0))
+        left += layout.width
+        axes.set_axis_off()
+        axes.set_xlim(0, layout.width)
+        axes.set_ylim(height, 0)
+        _head(axes, grid, layout, title)
+        _legend(axes, canvas)
+        _rulers(axes, grid, layout)
+        _cells(axes, grid, layout)
+        if layout.characters:
+            _pieces(axes, grid, layout)
     return canvas
 
 
@@ -147,9 +174,8 @@ def _write(axes: Axes, x: float, y: float, text: str, **keywords: Any) -> Text:
     return axes.text(x, y, drawable(text), parse_math=False, usetex=False, **keywords)
 
 
-def _head(axes: Axes, grid: Grid, layout: _Layout) -> None:
+def _head(axes: Axes, grid: Grid, layout: _Layout, title: str) -> None:
     totals = grid.totals
-    title = "Jacobi decoding: one row per iteration, one cell per token"
     _write(axes, _MARGIN, 0.42, title, color=_TITLE_INK, fontproperties=font(12, bold=True))
     numbers = (
         f"{totals.tokens} tokens in {totals.iterations} iterations "
