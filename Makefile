@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo test test-oldest test-gpu lint format bench bench-kernels bench-step clean
+.PHONY: demo train-tiny test test-oldest test-gpu lint format bench bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,12 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cu
 
 demo: $(VENV)/.ready
 	$(BIN)/cllm demo
+
+# a small model from scratch, its trajectories, and a consistency LLM of it: minutes on a CPU
+train-tiny: $(VENV)/.ready
+	test -f runs/tiny/base/prompts.jsonl || $(BIN)/python recipes/tiny/make_base.py runs/tiny/base
+	$(BIN)/cllm collect --config recipes/tiny/recipe.yaml
+	$(BIN)/cllm train --config recipes/tiny/recipe.yaml
 
 # one process a core, each with one thread: tiny models gain nothing from more
 test: $(VENV)/.ready

@@ -75,9 +75,10 @@ train:
   weight_decay: 0.01
   ar_weight: 3
   eval_prompts:
-    prompts: {prompts}
-    prompt_column: question
-    limit: 2
+    - prompts: {prompts}
+      prompt_column: question
+      limit: 2
+    - {{prompts: {prompts}, prompt_column: question, skip: 2, shuffle_seed: 0}}
   eval_max_new_tokens: 4
   use_cpu: true
 """
@@ -89,7 +90,7 @@ train:
     assert (written["max_steps"], written["learning_rate"]) == (1, 1e-5)
     assert (written["weight_decay"], written["ar_weight"], written["lora_r"]) == (0.01, 3, 2)
     # evaluated at the end although no eval_steps were given
-    assert "2 held-out prompts" in result.out
+    assert "3 held-out prompts" in result.out
     AutoModelForCausalLM.from_pretrained(out)
 
 

@@ -26,6 +26,8 @@ def test_every_field_of_the_loss_is_an_argument_with_its_default(tmp_path):
         ({"teacher": "nobody"}, "teacher must be one of 'self', 'base', 'ema'"),
         ({"ar_weight": -1.0}, "ar_weight must be 0 or more"),
         ({"lora_r": -1}, "lora_r must be at least 0"),
+        ({"augment": 1.0}, r"augment must lie in \[0, 1\)"),
+        ({"augment": 0.5, "consistency": "local"}, "augment needs consistency='global'"),
         ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\)"),
         ({"lora_alpha": 0}, "lora_alpha must be positive"),
         ({"merge_lora": True}, "merge_lora needs adapters to merge; set lora_r"),

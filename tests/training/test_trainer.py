@@ -120,6 +120,29 @@ def test_another_seed_is_another_run(make_trainer):
     assert losses(one)[0] != losses(two)[0]
 
 
+def test_augmented_states_are_trained_on(make_trainer):
+    plain = make_trainer(states=8)
+    augmented = make_trainer(states=8, augment=0.5)
+    again = make_trainer(states=8, augment=0.5)
+    rows = [[trainer.train_dataset[row] for row in range(3)] for trainer in (augmented, again)]
+    assert rows[0] == rows[1]
+
+    def between(trainer) -> int:
+        """States drawn that Jacobi iteration did not come through."""
+        found = 0
+        for row in range(3):
+            drawn, own = trainer.train_dataset[row], trainer.trajectories[row].blocks
+            found += sum(
+                drawn.example.blocks[block].states[state] not in own[block].states
+                for block, state in drawn.picks
+            )
+        return found
+
+    assert between(plain) == 0 and between(augmented) > 0
+    losses_of = [losses(trainer) for trainer in (plain, augmented) if trainer.train()]
+    assert losses_of[0] != losses_of[1]
+
+
 def test_bfloat16_by_autocast_trains_and_evaluates(make_trainer):
     plain = make_trainer(prompts=EVAL_PROMPTS, stop_on_quality=False)
     plain.train()

@@ -120,6 +120,14 @@ def train(
     states: Annotated[
         int | None, typer.Option("--states", min=1, help="Noisy states a block.  [default: 1]")
     ] = None,
+    augment: Annotated[
+        float | None,
+        typer.Option(
+            "--augment",
+            help="Behind each state one more, with this share of what is wrong put right "
+            "(the paper: about 0.5).  [default: 0, none]",
+        ),
+    ] = None,
     eval_prompts: Annotated[
         str | None,
         typer.Option(

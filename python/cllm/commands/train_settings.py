@@ -39,7 +39,10 @@ OWN = (
 )
 EVAL_PROMPTS = 32
 # of a mapping under eval_prompts; named like the flags of `cllm collect`
-_SOURCE_KEYS = ("dataset_config", "split", "where", "holdout_by", "holdout_share", "take")
+_SOURCE_KEYS = (
+    "dataset_config", "split", "where", "holdout_by", "holdout_share", "take", "shuffle_seed",
+    "skip",
+)  # fmt: skip
 _PROMPT_KEYS = ("prompts", "prompt_column", "prompt_template", "id_column", "few_shot", "limit")
 
 
@@ -135,36 +138,43 @@ def prepare(
 
 
 def eval_prompts(own: dict[str, Any]) -> list[Prompt]:
-    """The held-out prompts, none where none were asked for.
+    """The held-out prompts of all sources, none where none were asked for.
 
     Raises:
         PromptError: a file, column or row that cannot be used. RecipeError: an unknown setting.
     """
-    from ..training.collect.sources import Columns, Source, read_few_shot, read_source
-    from ..training.recipe import check_keys
-
     given = own.get("eval_prompts")
     if not given:
         return []
-    values: dict[str, Any] = {"prompts": given} if isinstance(given, str) else dict(given)
+    found = []
+    for source in given if isinstance(given, list) else [given]:
+        values = {"prompts": source} if isinstance(source, str) else dict(source)
+        for flag, name in (("eval_column", "prompt_column"), ("eval_template", "prompt_template")):
+            if own.get(flag):
+                values[name] = own[flag]
+        found += _source_prompts(values, own.get("eval_limit") or values.get("limit"))
+    return found
+
+
+def _source_prompts(values: dict[str, Any], limit: int | None) -> list[Prompt]:
+    """The prompts of one source, given by the names of the flags of ``cllm collect``."""
+    from ..training.collect.sources import Columns, Source, read_few_shot, read_source
+    from ..training.recipe import check_keys
+
     check_keys(values, (*_SOURCE_KEYS, *_PROMPT_KEYS), "eval_prompts")
     if not values.get("prompts"):
         raise CommandError("eval_prompts: say which file or data set under prompts:")
-    for flag, name in (("eval_column", "prompt_column"), ("eval_template", "prompt_template")):
-        if own.get(flag):
-            values[name] = own[flag]
     if isinstance(values.get("where"), str):
         values["where"] = [values["where"]]
     chosen: dict[str, Any] = {name: values[name] for name in _SOURCE_KEYS if name in values}
     if "dataset_config" in chosen:
         chosen["config"] = chosen.pop("dataset_config")
-    limit = own.get("eval_limit") or values.get("limit") or EVAL_PROMPTS
-    source = Source(str(values["prompts"]), limit=limit, **chosen)
     columns = Columns(
         prompt=values.get("prompt_column", "prompt"),
         template=values.get("prompt_template"),
         id=values.get("id_column"),
     )
+    source = Source(str(values["prompts"]), limit=limit or EVAL_PROMPTS, **chosen)
     prompts = [row.prompt for row in read_source(source, columns)]
     if values.get("few_shot"):
         examples = read_few_shot(values["few_shot"], columns)

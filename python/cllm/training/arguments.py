@@ -25,6 +25,8 @@ class ConsistencyTrainingArguments(TrainingArguments):
     Every field of `transformers.TrainingArguments` and of `ConsistencyConfig` is one of these, and:
 
     Attributes:
+        augment: share of the wrong tokens that is put right in an extra state behind each of
+            Jacobi's own (`AugmentedTrajectories`); 0: no such states. For global consistency.
         row_tokens: most columns of a packed row; samples share a row while they fit. None: one
             sample a row.
         lora_r: rank of LoRA adapters; 0 trains all weights.
@@ -60,6 +62,7 @@ class ConsistencyTrainingArguments(TrainingArguments):
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})
     recompute: bool = field(default=False, metadata={"help": "compute logits twice, save memory"})
 
+    augment: float = field(default=0.0, metadata={"help": "share put right in extra states"})
     row_tokens: int | None = field(default=None, metadata={"help": "columns of a packed row"})
 
     lora_r: int = field(default=0, metadata={"help": "LoRA rank; 0 trains all weights"})
@@ -125,6 +128,10 @@ class ConsistencyTrainingArguments(TrainingArguments):
             problems.append(f"lora_alpha must be positive, not {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout must lie in [0, 1), not {self.lora_dropout!r}")
+        if not 0 <= self.augment < 1:
+            problems.append(f"augment must lie in [0, 1), not {self.augment!r}")
+        if self.augment and self.consistency == "local":
+            problems.append("augment needs consistency='global': its states have no next one")
         if self.merge_lora and not self.lora_r:
             problems.append("merge_lora needs adapters to merge; set lora_r")
         if self.remove_unused_columns:

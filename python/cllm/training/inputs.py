@@ -9,8 +9,27 @@ import torch
 
 from ..prompts import context_length
 from .arguments import ConsistencyTrainingArguments
+from .collect.augment import AugmentedTrajectories
+from .order import NumberedExamples
 from .packing import ConsistencyCollator
 from .store import StoreError, TrajectoryDataset, load_trajectories, tokenizer_hash
+
+
+def training_examples(dataset: Any, args: ConsistencyTrainingArguments, ends: list[int]) -> Any:
+    """The examples of an epoch, with the states that `args` asks for.
+
+    Args:
+        dataset: what `trajectories` returns. ends: end-of-text tokens.
+    """
+    seed = data_seed(args)
+    if args.augment:
+        dataset = AugmentedTrajectories(dataset, seed=seed, share=args.augment)
+    return NumberedExamples(dataset, args.consistency_config(), seed, ends)
+
+
+def data_seed(args: ConsistencyTrainingArguments) -> int:
+    """Of the order of responses and the choice of states."""
+    return int(args.data_seed if args.data_seed is not None else args.seed)
 
 
 def trajectories(given: Any, tokenizer: Any) -> Any:

@@ -29,10 +29,10 @@ from .checkpoints import (
 from .finite import NonFiniteLossError, check_finite
 from .held_out import HeldOut
 from .hooks import StepHooks
-from .inputs import collator, end_tokens, trajectories
+from .inputs import collator, data_seed, end_tokens, training_examples, trajectories
 from .lora import add_adapters, is_peft, merged
 from .meter import Counts, Meter
-from .order import EpochOrder, NumberedExamples
+from .order import EpochOrder
 from .quality import QualityWatch, Verdict
 from .store import versions
 
@@ -100,14 +100,11 @@ class ConsistencyTrainer(Trainer):
             set_seed(args.seed)  # adapters start at random
             model = add_adapters(model, args)
         dataset = trajectories(train_dataset, processing_class)
-        seed = args.data_seed if args.data_seed is not None else args.seed
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=NumberedExamples(
-                dataset, args.consistency_config(), seed, end_tokens(model)
-            ),
+            train_dataset=training_examples(dataset, args, end_tokens(model)),
             # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
@@ -150,9 +147,8 @@ class ConsistencyTrainer(Trainer):
     # -- data -----------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         shuffle = getattr(self.args, "train_sampling_strategy", "random") == "random"
-        return EpochOrder(len(self.trajectories), seed, shuffle=shuffle)
+        return EpochOrder(len(self.trajectories), data_seed(self.args), shuffle=shuffle)
 
     def _collate(self, items: Any) -> dict[str, Any]:
         batch = self._collator(items)
@@ -268,6 +264,8 @@ class ConsistencyTrainer(Trainer):
             result = self.held_out.measure(self)
             metrics = result.metrics()
             metrics["noisy_tokens"] = self.meter.total.nominal
+            if self.base_evaluation is not None:
+                metrics["base_tokens_per_forward"] = self.base_evaluation.tokens_per_forward
             verdict = self._judge(metrics)
             named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
             self.log(named)

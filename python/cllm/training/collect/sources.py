@@ -38,6 +38,8 @@ class Source:
             depends on a hash of the value alone: the same on every machine and in every subset.
         take: the rows that are held out, or the rest.
         shuffle_seed: shuffle the rows with this seed; None keeps their order.
+        skip: leave out so many rows in front, after all of the above: another choice for another
+            purpose.
         limit: only this many rows, after all of the above.
 
     Raises:
@@ -52,6 +54,7 @@ class Source:
     holdout_share: float = 0.0
     take: Part = "train"
     shuffle_seed: int | None = None
+    skip: int = 0
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +67,8 @@ class Source:
             )
         if self.holdout_by is None and (self.holdout_share or self.take == "holdout"):
             raise PromptError("a held-out share needs the column to hold out by (holdout_by)")
+        if self.skip < 0:
+            raise PromptError(f"skip must be at least 0, not {self.skip}")
         if self.limit is not None and self.limit < 1:
             raise PromptError(f"limit must be at least 1, not {self.limit}")
 
@@ -143,7 +148,8 @@ def read_source(source: Source, columns: Columns) -> list[Row]:
         rows = list(rows)
         random.Random(source.shuffle_seed).shuffle(rows)
     found, seen = [], dict[str, str]()
-    for row in itertools.islice(rows, source.limit):
+    end = None if source.limit is None else source.skip + source.limit
+    for row in itertools.islice(rows, source.skip, end):
         found.append(_row_of(row, columns))
         name = found[-1].prompt.id
         if name in seen:
