@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo train-tiny test test-oldest test-gpu lint format bench bench-kernels bench-step clean
+.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,11 @@ train-tiny: $(VENV)/.ready
 
 # one process a core, each with one thread: tiny models gain nothing from more
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+
+# the rest: Triton's interpreter, real weights, several processes, training from scratch, benchmarks
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 # on a machine with a GPU: kernel tests on it, compute-sanitizer, a dated record (exit 2: no GPU)
 test-gpu: $(VENV)/.ready

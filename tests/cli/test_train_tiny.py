@@ -25,7 +25,8 @@ def make_base(*arguments) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_from_scratch_to_a_consistency_llm(run, tmp_path):
     base, data, out = tmp_path / "base", tmp_path / "trajectories", tmp_path / "cllm"
     size = ("--bytes", 1000, "--steps", 300, "--passage", 128)

@@ -119,7 +119,7 @@ def test_half_precision_is_one_fixed_point(family, dtype):
         torch.set_num_threads(2)  # nor may a row's bits depend on how threads share the rows
     model = tiny_model(family, dtype)
     inputs = prompts([23])
-    one = cllm.generate(model, **inputs, max_new_tokens=96, block_size=16, accept="one")
+    one = cllm.generate(model, **inputs, max_new_tokens=48, block_size=16, accept="one")
     for changes in (
         {},
         {"mode": "block"},
@@ -128,7 +128,7 @@ def test_half_precision_is_one_fixed_point(family, dtype):
         {"fill": "last"},
         {"fill": "pad", "accept": "one"},
     ):
-        found = cllm.generate(model, **inputs, max_new_tokens=96, block_size=16, **changes)
+        found = cllm.generate(model, **inputs, max_new_tokens=48, block_size=16, **changes)
         assert torch.equal(found, one), changes
 
 

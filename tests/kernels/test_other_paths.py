@@ -21,13 +21,13 @@ FOLDER = Path(__file__).parent
 FILES = sorted({path.name for name in registered() for path in FOLDER.glob(f"test_{name}*.py")})
 
 
-def run_tests(selection: str, **environment: str) -> None:
+def run_tests(selection: str, files: list[str], **environment: str) -> None:
     variables = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-        + [str(FOLDER / name) for name in FILES],
+        + [str(FOLDER / name) for name in files],
         env=variables | environment,
         cwd=FOLDER.parent.parent,
         capture_output=True,
@@ -38,18 +38,21 @@ def run_tests(selection: str, **environment: str) -> None:
     assert " passed" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.timeout(400)  # all files of this folder in one test
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("op", sorted(registered()))
+def test_triton_kernels_in_the_interpreter(op):
     if reason := _triton_reason():
         pytest.skip(reason)
-    run_tests("triton-cpu", TRITON_INTERPRET="1")
+    files = [name for name in FILES if name.startswith(f"test_{op}")]
+    run_tests("triton-cpu", files, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_cpu_kernels_for_lesser_cpus(isa):
     if reason := missing_reason():
         pytest.skip(reason)
-    run_tests("cpp-cpu", CLLM_KERNELS_ISA=isa)
+    run_tests("cpp-cpu", FILES, CLLM_KERNELS_ISA=isa)
 
 
 def test_the_choice_of_instructions_is_reported():
