@@ -79,3 +79,11 @@ def write_record(record: dict[str, Any], folder: str, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def rewrite(page: str, begin: str, end: str, text: str) -> str:
+    """The page with `text` between its markers. ValueError where it has none."""
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must hold the lines {begin!r} and {end!r}, once each")
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"

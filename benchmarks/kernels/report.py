@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, rewrite
 from benchmarks.kernels.plots import draw
 from benchmarks.kernels.run_all import OPS
 from benchmarks.kernels.show import size_text, time_text
@@ -140,18 +140,10 @@ def row(entry: dict[str, Any]) -> str:
     )
 
 
-def rewrite(page: str, text: str) -> str:
-    """The page with `text` between its markers. ValueError where it has none."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"the page must hold the lines {BEGIN!r} and {END!r}, once each")
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-
-
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     page = docs / "performance.md"
     found = records(results)
-    page.write_text(rewrite(page.read_text(), section(found, docs)))
+    page.write_text(rewrite(page.read_text(), BEGIN, END, section(found, docs)))
     print(f"{page}: {len(found)} records")
 
 
