@@ -148,7 +148,7 @@ def eval_prompts(own: dict[str, Any]) -> list[Prompt]:
         return []
     found = []
     for source in given if isinstance(given, list) else [given]:
-        values = {"prompts": source} if isinstance(source, str) else dict(source)
+        values: dict[str, Any] = {"prompts": source} if isinstance(source, str) else dict(source)
         for flag, name in (("eval_column", "prompt_column"), ("eval_template", "prompt_template")):
             if own.get(flag):
                 values[name] = own[flag]
