@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.training.curves import draw, read_run
+from cllm.commands.train_settings import read_settings, training_arguments
 from tests.training.tiny_trajectories import store
 
 from .harness import PROMPTS, start, write_prompts
@@ -178,3 +180,13 @@ def test_another_models_trajectories(run, flags, model_folder, tmp_path):
     tokenizer.save_pretrained(folder)
     result = run(*flags, "--model", folder)
     assert result.code == 2 and "the tokenizer is not the one that" in result.error
+
+
+@pytest.mark.parametrize("name", ["smollm2_gpu.yaml", "smollm2_cpu.yaml", "tiny/recipe.yaml"])
+def test_the_recipes_in_the_repository_are_settings(name, tmp_path):
+    path = Path(__file__).resolve().parents[2] / "recipes" / name
+    own, values = read_settings(path, {"output": str(tmp_path)})
+    values.pop("bf16", None)  # needs a GPU
+    args = training_arguments(own, {**values, "use_cpu": True})
+    assert args.eval_steps > 0 and own["eval_prompts"]
+    assert args.consistency_config().teacher == "base"
