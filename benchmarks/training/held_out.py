@@ -60,9 +60,12 @@ class Task:
     max_new_tokens: int
 
 
-def read_tasks(path: Path, sources: dict[str, str], model: Any, tokenizer: Any) -> list[Task]:
+def read_tasks(
+    path: Path, sources: dict[str, str], model: Any, tokenizer: Any, cap: int | None = None
+) -> list[Task]:
     """The tasks of a YAML file: name to the fields of `Source`, ``prompt`` or ``template``,
-    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from."""
+    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from, `cap`
+    bounds the tokens of a text."""
     import yaml
 
     tasks = []
@@ -70,6 +73,7 @@ def read_tasks(path: Path, sources: dict[str, str], model: Any, tokenizer: Any) 
         fields = dict(given)
         columns = {key: fields.pop(key) for key in _COLUMNS if key in fields}
         most = fields.pop("max_new_tokens", 128)
+        most = most if cap is None else min(most, cap)
         fields["name"] = sources.get(name, fields.pop("source"))
         answer = columns.pop("answer", None)
         source = Source(**fields)
@@ -203,6 +207,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--tasks", type=Path, required=True, help="YAML, see recipes/held_out.yaml")
     parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
+    parser.add_argument("--task", action="append", help="only this one; may be given again")
+    parser.add_argument("--max-new-tokens", type=int, help="at most so many, where a task has more")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--speed-prompts", type=int, default=12, help="prompts against the clock")
@@ -217,7 +223,9 @@ def main() -> None:
     tokenizer.padding_side = "left"
     models = {BASE: base, **{name: trained(folder, base) for name, folder in folders.items()}}
     sources = dict(entry.split("=", 1) for entry in options.data)
-    tasks = read_tasks(options.tasks, sources, base, tokenizer)
+    tasks = read_tasks(options.tasks, sources, base, tokenizer, options.max_new_tokens)
+    if options.task:
+        tasks = [task for task in tasks if task.name in options.task]
     kept = Kept(options.work)
     results: dict[str, Any] = {}
     for task in tasks:
