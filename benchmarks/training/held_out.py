@@ -74,7 +74,10 @@ def read_tasks(
         columns = {key: fields.pop(key) for key in _COLUMNS if key in fields}
         most = fields.pop("max_new_tokens", 128)
         most = most if cap is None else min(most, cap)
-        fields["name"] = sources.get(name, fields.pop("source"))
+        hub = fields.pop("source")
+        fields["name"] = sources.get(name, hub)
+        if name in sources:  # a local copy has one configuration
+            fields.pop("config", None)
         answer = columns.pop("answer", None)
         source = Source(**fields)
         rows = read_source(source, Columns(**columns, response=answer))
