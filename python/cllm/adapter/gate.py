@@ -60,7 +60,11 @@ def low_rank_hook(
                     "be told from the base there; train one without this target"
                 )
         gated = x.reshape(batch, width, -1)[:, first:]
-        delta = torch.nn.functional.linear(torch.nn.functional.linear(gated, a), b)
-        output.view(batch, width, -1)[:, first:].add_(delta)
+        shrunk = torch.nn.functional.linear(gated, a)
+        target = output.view(batch, width, -1)[:, first:]
+        if batch == 1 and target.dtype == shrunk.dtype:
+            target[0].addmm_(shrunk[0], b.t())  # product and sum in one
+        else:
+            target.add_(torch.nn.functional.linear(shrunk, b))
 
     return add
