@@ -41,7 +41,8 @@ def low_rank_hook(
 
     Args:
         name: of the module, for messages.
-        a: [r, in] and b: [out, r] in the dtype and on the device of the module; the scale is in b.
+        a: [r, in] and b: [out, r] on the device of the module, in the dtype to multiply in; the
+            scale is in b.
     """
 
     def add(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -59,7 +60,7 @@ def low_rank_hook(
                     f"{name} does not see the window's tokens in order, so the adapter cannot "
                     "be told from the base there; train one without this target"
                 )
-        gated = x.reshape(batch, width, -1)[:, first:]
+        gated = x.reshape(batch, width, -1)[:, first:].to(a.dtype)
         shrunk = torch.nn.functional.linear(gated, a)
         target = output.view(batch, width, -1)[:, first:]
         if batch == 1 and target.dtype == shrunk.dtype:

@@ -218,7 +218,8 @@ class GatedAdapter:
 
         Meanwhile PEFT adapters that the model itself carries are off. Every module of the adapter
         gets one forward hook, which does nothing while the gate is closed and adds the low-rank
-        term to the gated rows while it is open. Weights are cast to the modules' dtype here, once.
+        term to the gated rows while it is open. Weights are cast here, once: to the modules' dtype,
+        on a CPU to fp32 at least.
 
         Yields:
             The `Gate`, closed. It is open for the thread that opens it only, so that other threads
@@ -236,10 +237,13 @@ class GatedAdapter:
                 for name, pair in self.weights.items():
                     module = base.get_submodule(name)
                     like: Any = base_layer(module).weight
-                    a = pair.a.to(like.device, like.dtype)
+                    # thin 16-bit products on a CPU take ten times as long as those in fp32
+                    dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+                    dtype = torch.promote_types(like.dtype, dtype)
+                    a = pair.a.to(like.device, dtype)
                     # scaled before it is rounded
                     precise = torch.promote_types(pair.b.dtype, torch.float32)
-                    b = (pair.b.to(like.device, precise) * pair.scaling).to(like.dtype)
+                    b = (pair.b.to(like.device, precise) * pair.scaling).to(dtype)
                     hooks.append(module.register_forward_hook(low_rank_hook(gate, name, a, b)))
                 yield gate
             finally:
