@@ -44,6 +44,12 @@ class ConsistencyConfig:
         schedule_window: blocks over which the share of wrong tokens goes from low to high.
         chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
         recompute: save memory by computing logits twice (`cllm_kernels.linear_consistency_loss`).
+        gated: train LoRA adapters that work in the noisy columns alone. All other columns are the
+            frozen base model, which is the teacher (``"self"`` and ``"base"`` are the same here),
+            so the autoregressive loss is reported but moves nothing, whatever `ar_weight`. The
+            adapter is for gated decoding (``cllm.generate(..., adapter=...)``), which gives the
+            base model's own text. Noisy segments start one token earlier, at the last right
+            token, as decoding's windows do; that row is an input and is not counted.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -62,6 +68,7 @@ class ConsistencyConfig:
     schedule_window: int = 4
     chunk_tokens: int | None = None
     recompute: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -91,8 +98,20 @@ class ConsistencyConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name} must be an integer >= 1, not {value!r}")
-        recompute: Any = self.recompute
-        if not isinstance(recompute, bool):
-            problems.append(f"recompute must be True or False, not {recompute!r}")
+        for name in ("recompute", "gated"):
+            switch: Any = getattr(self, name)
+            if not isinstance(switch, bool):
+                problems.append(f"{name} must be True or False, not {switch!r}")
+        if self.gated is True:
+            if self.teacher == "ema":
+                problems.append(
+                    "gated training is taught by the frozen base model in its clean columns; "
+                    "teacher must be 'self' or 'base', not 'ema'"
+                )
+            if self.consistency == "local":
+                problems.append(
+                    "gated training is towards the base model's own text; consistency must be "
+                    "'global', not 'local'"
+                )
         if problems:
             raise ValueError("ConsistencyConfig: " + "; ".join(problems))

@@ -12,6 +12,10 @@ position P + s + d and causally to its own segment. Its row predicts token s + i
 its teacher's: the clean row l_{s+i} (global consistency), or y'_i of the next state (local), which
 is the clean row too as long as y' is right up to there.
 
+Where the noisy columns alone have an adapter (`gated`), the segment is l_{s+d-1} y_d .. y_{m-2}:
+the last right token too, since decoding gives a window's first, committed token to the adapter as
+well. It attends to the clean tokens before itself, and its row is not counted.
+
 Every token of the response is a label once. The last one is never an input, so it has no column.
 """
 
@@ -65,11 +69,12 @@ class PackedSample:
         return len(self.clean) + self.noisy
 
 
-def pack_sample(sample: SampledExample, local: bool = False) -> PackedSample:
+def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False) -> PackedSample:
     """Lay out one response and its sampled states.
 
     Args:
         local: teach with the next state (CLLM, arXiv 2403.00835, eq. 7), not the fixed point.
+        gated: start every segment with the last right token.
 
     Raises:
         ValueError: an example whose parts do not fit each other.
@@ -85,7 +90,10 @@ def pack_sample(sample: SampledExample, local: bool = False) -> PackedSample:
         tokens, block = example.blocks[entry].states[state], example.blocks[entry]
         wrong = first_difference(tokens, block.fixed_point)
         if wrong < len(tokens) - 1 and (entry, state) not in numbers:
-            packed.segments.append((prompt + example.block_start(entry) + wrong, tokens[wrong:-1]))
+            first = prompt + example.block_start(entry) + wrong
+            # there is a token before it: a prompt is never empty
+            lead = [text[first - 1]] if gated else []
+            packed.segments.append((first - len(lead), lead + tokens[wrong:-1]))
             numbers[entry, state] = len(packed.segments)
         return numbers.get((entry, state), 0), wrong
 
@@ -184,7 +192,9 @@ def batch_statistics(batch: dict[str, Tensor]) -> BatchStatistics:
     )
 
 
-def forwarded_tokens(sample: SampledExample, local: bool = False) -> tuple[int, int]:
+def forwarded_tokens(
+    sample: SampledExample, local: bool = False, gated: bool = False
+) -> tuple[int, int]:
     """Tokens that a training step forwards for one response.
 
     Returns:
@@ -198,7 +208,7 @@ def forwarded_tokens(sample: SampledExample, local: bool = False) -> tuple[int, 
         * (len(example.prompt) + example.block_start(entry) + len(example.blocks[entry].states[0]))
         for entry, _ in sample.picks
     )
-    return pack_sample(sample, local).columns, separate
+    return pack_sample(sample, local, gated).columns, separate
 
 
 class ConsistencyCollator:
@@ -219,7 +229,7 @@ class ConsistencyCollator:
             block of each (for statistics only)
 
     Args:
-        config: `consistency` of it is used.
+        config: `consistency` and `gated` of it are used.
         pad_token_id: stands in padded columns; any token will do.
         samples_per_row: most samples of one row; None: as many as `max_columns` holds.
         max_columns: most columns of a row; None: no limit. Samples are put, longest first, into the
@@ -257,6 +267,7 @@ class ConsistencyCollator:
                 "samples_per_row=None needs max_columns, which says when a row is full"
             )
         self.local = config.consistency == "local"
+        self.gated = config.gated
         self.pad_token_id = pad_token_id
         self.samples_per_row = samples_per_row
         self.max_columns = max_columns
@@ -308,7 +319,7 @@ class ConsistencyCollator:
         return rows
 
     def _packed(self, sample: SampledExample) -> PackedSample:
-        packed = pack_sample(sample, self.local)
+        packed = pack_sample(sample, self.local, self.gated)
         example = sample.example
         length = len(example.prompt) + len(example.response)
         if self.context is not None and length > self.context:
