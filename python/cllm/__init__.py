@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._on_import import when_transformers_loads
 
 if TYPE_CHECKING:
+    from .adapter import AdapterError, GatedAdapter
     from .decoding import (
         JacobiConfig,
         JacobiOutput,
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
     "ConsistencyConfig",
     "ConsistencyTrainer",
     "ConsistencyTrainingArguments",
     "Evaluation",
+    "GatedAdapter",
     "Handle",
     "Iteration",
     "JacobiConfig",
@@ -56,6 +59,7 @@ when_transformers_loads(lambda: import_module(".decoding.attention", __name__))
 
 # torch and transformers take seconds to import, `cllm --help` should not: names load on first use
 _HOMES = {
+    ".adapter": ("AdapterError", "GatedAdapter"),
     ".evaluation": ("Evaluation", "evaluate"),
     ".patching": ("Handle", "patch", "patched"),
     ".training.arguments": ("ConsistencyTrainingArguments",),

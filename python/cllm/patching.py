@@ -9,10 +9,13 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from .adapter import GatedAdapter, resolve_adapter
+from .adapter.peft_model import adapters_off
 from .decoding.config import JacobiConfig
+from .decoding.decode import check_verify_size
 from .decoding.generate import run_generate
 from .decoding.support import UnsupportedOptionError, check_model
 
@@ -25,11 +28,13 @@ class Handle:
     Attributes:
         model: the patched model.
         config: the settings in force.
+        adapter: what makes the guesses, or None.
     """
 
-    def __init__(self, model: Any, config: JacobiConfig):
+    def __init__(self, model: Any, config: JacobiConfig, adapter: GatedAdapter | None = None):
         self.model = model
         self.config = config
+        self.adapter = adapter
         self._hidden = model.__dict__.get("generate")
         self._warned: set[str] = set()
 
@@ -55,7 +60,7 @@ class Handle:
             warnings.warn(f"{error}. This call goes to transformers' own generate.", stacklevel=4)
 
 
-def patch(model: Any, config: JacobiConfig | None = None) -> Handle:
+def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None) -> Handle:
     """Make ``model.generate`` decode by Jacobi iteration.
 
     Only this instance changes, and only its ``generate``. Calls that Jacobi decoding cannot carry
@@ -65,17 +70,28 @@ def patch(model: Any, config: JacobiConfig | None = None) -> Handle:
     Args:
         model: a decoder-only transformers model.
         config: settings; the defaults of `JacobiConfig` if None.
+        adapter: makes the guesses and leaves the text alone: a `cllm.GatedAdapter`, its folder or
+            hub id, or a PEFT model around the same base. It is loaded and checked here, once, and
+            never merged. PEFT adapters of `model` itself are off in all patched calls: the text is
+            the base model's.
 
     Returns:
         A handle; ``handle.remove()`` undoes the patch.
 
     Raises:
         UnsupportedModelError: if the model cannot be decoded this way.
+        AdapterError: if the adapter cannot be used, or not with this model.
+        ValueError: if `config` sets ``verify_size`` and there is no adapter.
     """
     check_model(model)
     config = config or JacobiConfig()
+    check_verify_size(config, adapter)
+    resolved = None
+    if adapter is not None:
+        resolved = resolve_adapter(adapter)
+        resolved.check(model)
     _current_removed(model)
-    return _install(Handle(model, config))
+    return _install(Handle(model, config, resolved))
 
 
 def _current_removed(model: Any) -> Handle | None:
@@ -93,10 +109,12 @@ def _install(handle: Handle) -> Handle:
 
 
 @contextmanager
-def patched(model: Any, config: JacobiConfig | None = None) -> Iterator[Any]:
+def patched(
+    model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
+) -> Iterator[Any]:
     """`patch` for the length of a ``with`` block; an earlier patch is back in force after it."""
     previous = model.__dict__.get(_HANDLE)
-    patch(model, config)
+    patch(model, config, adapter=adapter)
     try:
         yield model
     finally:
@@ -119,8 +137,11 @@ def original_generate(model: Any) -> Any:
 def _patched_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     handle = model.__dict__[_HANDLE]
     huggingface_generate = original_generate(model)
+    adapter = kwargs.pop("adapter", None) or handle.adapter
     try:
-        return run_generate(model, huggingface_generate, handle.config, args, kwargs)
+        return run_generate(model, huggingface_generate, handle.config, adapter, args, kwargs)
     except UnsupportedOptionError as error:
         handle.warn_once(error)
-        return huggingface_generate(*args, **kwargs)
+        # with an adapter the text is the base model's, whoever decodes it
+        with nullcontext() if adapter is None else adapters_off(model):
+            return huggingface_generate(*args, **kwargs)

@@ -171,7 +171,11 @@ def _folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
         return kept[1]
     additive = mask
     if mask.dtype == torch.bool:
-        additive = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        # finfo.min keeps a row that sees nothing from NaN; where keys may be garbage (no row of
+        # `masks.gated_mask` sees nothing) only -inf keeps their scores from counting
+        exact = getattr(mask, "_cllm_exact", False)
+        blocked = float("-inf") if exact else torch.finfo(dtype).min
+        additive = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, blocked)
     folded = additive.repeat(1, 1, groups, 1)
     mask._cllm_folded = ((groups, dtype), folded)  # type: ignore[attr-defined]
     return folded

@@ -71,15 +71,23 @@ class BlockPlan:
         self.slots: torch.Tensor | None = None  # [B * n] flat index of every token of the block
         self.gather: torch.Tensor | None = None  # [B * view] flat index of every visible slot
         self.width = 0
+        self.guesses_from: int | None = None  # first guess row of a gated block
 
     def start_prefill(self, width: int) -> None:
         self.prefill, self.width, self.view = True, width, width
+        self.guesses_from = None
         self.reserve(width)
 
-    def start_window(self, lengths: torch.Tensor, host_lengths: list[int], width: int) -> None:
+    def start_window(
+        self,
+        lengths: torch.Tensor,
+        host_lengths: list[int],
+        width: int,
+        guesses_from: int | None = None,
+    ) -> None:
         """Plan a forward of `width` rows behind `lengths` [B] (`host_lengths`: the same on the
-        host)."""
-        self.prefill, self.width = False, width
+        host). Rows from `guesses_from` on may be garbage, see `finite_guesses`."""
+        self.prefill, self.width, self.guesses_from = False, width, guesses_from
         longest = max(host_lengths)
         self.reserve(longest + width)
         self.single = host_lengths[0]
@@ -129,6 +137,29 @@ class BlockPlan:
         return (torch.arange(self.view, device=self.device) >= first).long()
 
 
+# Entries of a guess row's keys or values beyond so many times the largest of the verify rows' are
+# no guess any more.
+_LARGEST = 4.0
+
+
+def finite_guesses(states: torch.Tensor, first: int) -> torch.Tensor:
+    """Keys or values of a gated block, with those of guess rows made harmless.
+
+    A mask gives a slot the weight 0, but 0 * NaN is NaN, and so is inf - inf in the scores. So NaN
+    becomes 0 and the rest is clamped to a few times the largest entry among the row's own verify
+    rows, with which scores do not overflow if the base model's do not. Values too: of a compressed
+    cache (multi-head latent attention) they are part of the keys.
+
+    Args:
+        states: [B, heads, v + n, D].
+        first: v; the rows before it keep their bits.
+    """
+    verified = states[:, :, :first]
+    largest = verified.abs().amax(dim=(1, 2, 3), keepdim=True) * _LARGEST
+    guessed = states[:, :, first:].clamp(min=-largest, max=largest).nan_to_num_(nan=0.0)
+    return torch.cat([verified, guessed], dim=2)
+
+
 class RaggedLayer(CacheLayerMixin):
     """One layer's storage: keys [B, capacity, heads, D_k] and values [B, capacity, heads, D_v].
 
@@ -172,6 +203,10 @@ class RaggedLayer(CacheLayerMixin):
         if self.plan.handed and not self.plan.prefill:
             self.plan.offer(key_states, value_states, self)
             return key_states, value_states
+        first = self.plan.guesses_from
+        if first is not None:
+            key_states = finite_guesses(key_states, first)
+            value_states = finite_guesses(value_states, first)
         self._write(keys, key_states)
         self._write(values, value_states)
         if self.plan.prefill:

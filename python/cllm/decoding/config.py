@@ -16,7 +16,8 @@ class JacobiConfig:
     """Settings of Jacobi decoding (CLLM, arXiv 2403.00835, section 3).
 
     None of them changes the text; they change how many forward passes it takes, and in bf16/fp16
-    `block_size` also fixes the forward's width and with it the rounding of near-ties.
+    `block_size` (with an adapter: `verify_size` + `block_size`) also fixes the forward's width and
+    with it the rounding of near-ties.
 
     Attributes:
         block_size: ``n``, the tokens in a window, and the rows of every forward pass.
@@ -31,6 +32,10 @@ class JacobiConfig:
         accept: ``"all"`` keeps every final token. ``"one"`` keeps one per forward: one-token
             decoding through forwards of the same width, to compare with in bf16 and fp16.
         record_trajectories: keep every iteration's window and predictions (`cllm.Trajectory`).
+        verify_size: ``v``, how many of the window's tokens the base model checks in a forward whose
+            guesses an adapter makes (`cllm.GatedAdapter`): such a forward has v + n rows, and
+            commits v tokens at most. Fewer than ``n`` in sliding mode only. ``None``: ``n``.
+            Without an adapter there is nothing to set.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -43,11 +48,14 @@ class JacobiConfig:
     max_iterations: int | None = None
     accept: Accept = "all"
     record_trajectories: bool = False
+    verify_size: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
         if not _is_int(self.block_size) or self.block_size < 1:
             problems.append(f"block_size must be an integer >= 1, not {self.block_size!r}")
+        elif self.verify_size is not None:
+            problems.extend(_verify_problems(self.verify_size, self.block_size, self.mode))
         for name, choices in (("mode", Mode), ("fill", Fill), ("accept", Accept)):
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(choice) for choice in get_args(choices))
@@ -74,6 +82,20 @@ class JacobiConfig:
 
 
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
+
+
+def _verify_problems(verify_size: object, block_size: int, mode: str) -> list[str]:
+    if not _is_int(verify_size) or not 1 <= verify_size <= block_size:  # type: ignore[operator]
+        return [
+            f"verify_size must be None or an integer from 1 to block_size={block_size}, not "
+            f"{verify_size!r}"
+        ]
+    if mode == "block" and verify_size != block_size:
+        return [
+            f"verify_size={verify_size} must equal block_size={block_size} in block mode, which "
+            "checks whole blocks; leave it None"
+        ]
+    return []
 
 
 def _is_int(value: object) -> bool:

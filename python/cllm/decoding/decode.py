@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from ..adapter import Gate, resolve_adapter
 from ..fill import Fill, fill_table
 from ..traits import CACHE_ARGUMENTS
 from .config import Accept, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
+from .gated import GatedLoop
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput
 from .stopping import StopRules
@@ -49,6 +52,8 @@ def jacobi_decode(
     max_iterations: int | None = None,
     accept: Accept | None = None,
     record_trajectories: bool | None = None,
+    verify_size: int | None = None,
+    adapter: Any = None,
     token_streamer: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | JacobiOutput:
@@ -63,6 +68,9 @@ def jacobi_decode(
         input_ids: [B, P] int64, left-padded.
         logits_processor, stopping_criteria, generation_config: as prepared by ``generate``.
         config: settings; the keyword arguments named like its fields replace them one by one.
+        adapter: makes the guesses, and decides nothing: the text is that of the base model. A
+            `cllm.GatedAdapter`, its folder or hub id, or a PEFT model around the same base (whose
+            adapters are off in every row but the guess rows).
         token_streamer: a transformers streamer; receives accepted tokens only.
         model_kwargs: ``attention_mask`` [B, P] of zeros followed by ones, and what ``generate``
             adds of its own.
@@ -73,7 +81,8 @@ def jacobi_decode(
     Raises:
         UnsupportedModelError: the architecture cannot be decoded this way.
         UnsupportedOptionError: sampling, beams and other modes that Jacobi decoding has not.
-        ValueError: a bad prompt, mask or setting; the message names it.
+        ValueError: a bad prompt, mask or setting; the message names it. So is `AdapterError`, an
+            adapter that does not belong to this model.
     """
     settings = (config or JacobiConfig()).updated(
         block_size=block_size,
@@ -83,7 +92,9 @@ def jacobi_decode(
         max_iterations=max_iterations,
         accept=accept,
         record_trajectories=record_trajectories,
+        verify_size=verify_size,
     )
+    check_verify_size(settings, adapter)
     if generation_config is None:
         raise ValueError(
             "jacobi_decode was called without a generation_config; call "
@@ -100,8 +111,13 @@ def jacobi_decode(
     pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
     prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
 
-    layout = choose_layout(model, traits, prompts[0, : int(lengths[0])])
-    with layout.applied(model):
+    with ExitStack() as stack:
+        gate = None
+        if adapter is not None:
+            gate = stack.enter_context(resolve_adapter(adapter).applied(model))
+        probed = prompts[0, : int(lengths[0])]
+        layout = choose_layout(model, traits, probed, gated=gate is not None)
+        stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
             model,
             traits,
@@ -114,6 +130,7 @@ def jacobi_decode(
             layout=layout,
             processors=logits_processor or [],
             streamer=token_streamer,
+            gate=gate,
         )
         loop.run()
     return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
@@ -132,6 +149,7 @@ def _start(
     layout: Layout,
     processors: Any,
     streamer: Any,
+    gate: Gate | None,
 ) -> tuple[DecodingLoop, float]:
     batch, width = input_ids.shape
     longest = int(lengths.max())
@@ -148,11 +166,14 @@ def _start(
         vocab_size=traits.vocab_size,
         pad_token_id=pad_token_id,
     )
+    rows = settings.block_size
+    if gate is not None:
+        rows += settings.verify_size or settings.block_size
     forward = BlockForward(
         model,
         traits,
         batch=batch,
-        slots=longest + limit - width + settings.block_size,
+        slots=longest + limit - width + rows,
         device=input_ids.device,
         position_limit=_position_limit(traits, longest + limit - width),
         layout=layout,
@@ -171,16 +192,10 @@ def _start(
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.block_size
     )
-    loop = DecodingLoop(
-        forward,
-        state,
-        settings,
-        rules,
-        prompt_width=width,
-        processors=processors,
-        streamer=streamer,
-    )
-    return loop, seconds
+    extra = dict(prompt_width=width, processors=processors, streamer=streamer)
+    if gate is None:
+        return DecodingLoop(forward, state, settings, rules, **extra), seconds
+    return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds
 
 
 def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:
@@ -233,6 +248,15 @@ def right_pad(
     lengths = attention_mask.long().sum(dim=1)
     columns = torch.arange(width, device=input_ids.device) + (width - lengths)[:, None]
     return input_ids.gather(1, columns.clamp(max=width - 1)), lengths
+
+
+def check_verify_size(settings: JacobiConfig, adapter: Any) -> None:
+    """Raises ValueError if there is no adapter that `verify_size` could be about."""
+    if adapter is None and settings.verify_size is not None:
+        raise ValueError(
+            f"verify_size={settings.verify_size} is about decoding with an adapter; "
+            "pass adapter=... or leave it None"
+        )
 
 
 _SUPPORTED_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window")

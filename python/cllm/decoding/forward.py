@@ -14,7 +14,7 @@ from cllm_kernels.block_attention import OP as BLOCK_ATTENTION
 
 from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
-from .masks import CHUNKED, block_mask, window_mask
+from .masks import CHUNKED, block_mask, gated_mask, window_mask
 from .support import ModelTraits, UnsupportedModelError
 
 
@@ -134,17 +134,50 @@ class BlockForward:
         """
         width = tokens.shape[1]
         self.plan.start_window(lengths, host_lengths, width)
-        offsets = torch.arange(width, device=tokens.device)
-        positions = lengths[:, None] + offsets
-        call = dict(self._call, input_ids=tokens)
+        positions = lengths[:, None] + torch.arange(width, device=tokens.device)
         if self.plan.right_aligned:
-            call["attention_mask"] = self.plan.key_mask(lengths)
+            masks: Any = self.plan.key_mask(lengths)
         else:
             masks = self.block_masks or {
                 kind: window_mask(positions, self.plan.view, kind, size, self.mask_dtype)
                 for kind, size in self.traits.mask_kinds.items()
             }
+        return self._logits(tokens, positions, masks)
+
+    def gated_window(
+        self, tokens: torch.Tensor, verify: int, lengths: torch.Tensor, host_lengths: list[int]
+    ) -> torch.Tensor:
+        """Logits of a window that stands twice: its first tokens as verify rows, then all of it as
+        guess rows, both from position ``lengths[b]`` on.
+
+        Verify rows give the bits of `window` over as many rows. What is left in the cache behind
+        the verify rows is overwritten by the next forward. The gate is the caller's to open.
+
+        Args:
+            tokens: [B, n].
+            verify: v, from 1 to n.
+            lengths, host_lengths: as in `window`.
+
+        Returns:
+            [B, v + n, V].
+        """
+        width = tokens.shape[1]
+        self.plan.start_window(lengths, host_lengths, verify + width, guesses_from=verify)
+        columns = torch.arange(width, device=tokens.device)
+        positions = lengths[:, None] + torch.cat([columns[:verify], columns])
+        masks = {
+            kind: gated_mask(positions, verify, self.plan.view, kind, size, self.mask_dtype)
+            for kind, size in self.traits.mask_kinds.items()
+        }
+        return self._logits(torch.cat([tokens[:, :verify], tokens], dim=1), positions, masks)
+
+    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
+        """The public forward; `masks` is the 2D mask, or 4D masks by layer type."""
+        call = dict(self._call, input_ids=tokens)
+        if isinstance(masks, dict):
             call["attention_mask"] = masks if self.traits.mask_dict else next(iter(masks.values()))
+        else:
+            call["attention_mask"] = masks
         if self.traits.takes_positions:
             if self.position_limit is not None:
                 positions = positions.clamp(max=self.position_limit - 1)
@@ -154,7 +187,9 @@ class BlockForward:
         return logits
 
 
-def choose_layout(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> Layout:
+def choose_layout(
+    model: Any, traits: ModelTraits, input_ids: torch.Tensor, *, gated: bool = False
+) -> Layout:
     """The first layout in which `model` decodes rightly; found once per model and kept.
 
     A short ragged batch is decoded in each layout, with wrong guesses in it and a rewind over
@@ -163,16 +198,17 @@ def choose_layout(model: Any, traits: ModelTraits, input_ids: torch.Tensor) -> L
 
     Args:
         input_ids: [P] tokens of a real prompt, to probe with.
+        gated: of the layouts that can tell verify rows from guess rows, probed with both.
 
     Raises:
         UnsupportedModelError: if no layout gives the model's own logits.
     """
     known = _chosen.setdefault(model, {})
     implementation = chosen_implementation(model.config.get_text_config())
-    blocks = _block_attention_runs(traits, input_ids.device)
-    key = (implementation, model.dtype, blocks)
+    blocks = not gated and _block_attention_runs(traits, input_ids.device)
+    key = (implementation, model.dtype, blocks, gated)
     if key not in known:
-        known[key] = _probe(model, traits, input_ids, blocks)
+        known[key] = _probe(model, traits, input_ids, blocks, gated)
     return known[key]
 
 
@@ -185,7 +221,14 @@ def _block_attention_runs(traits: ModelTraits, device: torch.device) -> bool:
     )
 
 
-def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: bool) -> Layout:
+def _probe(
+    model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: bool, gated: bool
+) -> Layout:
+    if gated and traits.prefer_right_aligned:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads a token's position off its place among the keys, where "
+            "verify and guess rows cannot share one; decode it without an adapter"
+        )
     # far above rounding, far below what a wrong mask or position does to the logits
     bound = 1e-2 if model.dtype == torch.float32 else 0.1
     tokens = input_ids[torch.arange(8, device=input_ids.device) % input_ids.shape[0]]
@@ -195,11 +238,11 @@ def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: boo
     for layout in _LAYOUTS:
         if traits.prefer_right_aligned and not layout.right_aligned:
             continue
-        if layout.attention == "block" and not blocks:
+        if (layout.attention == "block" and not blocks) or (gated and layout.right_aligned):
             continue
         try:
             with layout.applied(model):
-                error = _probe_error(model, traits, rows, expected, layout)
+                error = _probe_error(model, traits, rows, expected, layout, gated)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as failure:
@@ -210,7 +253,8 @@ def _probe(model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: boo
         findings.append(f"{layout}: logits differ by {error:.2g} (relative)")
     raise UnsupportedModelError(
         f"{type(model).__name__} does not give the logits of its plain forward from a KV cache "
-        f"driven by masks and positions ({'; '.join(findings)})"
+        f"driven by masks and positions{' with a window that stands twice' if gated else ''} "
+        f"({'; '.join(findings)})"
     )
 
 
@@ -220,6 +264,7 @@ def _probe_error(
     rows: list[torch.Tensor],
     expected: list[torch.Tensor],
     layout: Layout,
+    gated: bool,
 ) -> float:
     """Largest relative error (2-norm over the vocabulary) of any probed token.
 
@@ -227,14 +272,14 @@ def _probe_error(
         rows: token ids, [8] and [6].
         expected: their logits [8, V] and [6, V] from the plain forward.
     """
-    width, device = 3, rows[0].device
+    width, verify, device = 3, 2 if gated else 0, rows[0].device
     lengths = torch.tensor([len(row) - width - 1 for row in rows], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     block = BlockForward(
         model,
         traits,
         batch=2,
-        slots=8 + width,
+        slots=8 + verify + width,
         device=device,
         position_limit=None,
         layout=layout,
@@ -243,12 +288,19 @@ def _probe_error(
     # wrong guesses first, so that the rewind over them is probed too
     window = _columns(padded, lengths, width)
     wrong = torch.cat([window[:, :1], window[:, :1].expand(2, width - 1)], dim=1)
-    block.window(wrong, lengths, lengths.tolist())
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        if gated:
+            return block.gated_window(tokens, verify, lengths, lengths.tolist()).float()
+        return block.window(tokens, lengths, lengths.tolist()).float()
+
+    logits_of(wrong)
     errors = []
     for _ in range(2):
-        logits = block.window(_columns(padded, lengths, width), lengths, lengths.tolist()).float()
+        logits = logits_of(_columns(padded, lengths, width))
         for found, wanted, start in zip(logits, expected, lengths.tolist(), strict=True):
             wanted = wanted[start : start + width]
+            wanted = torch.cat([wanted[:verify], wanted])
             errors.append((found - wanted).norm(dim=-1) / wanted.norm(dim=-1))
         lengths = lengths + 1
     if block.cache.untouched_layers() or not len(block.cache):

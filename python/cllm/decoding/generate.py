@@ -18,6 +18,7 @@ def generate(
     model: Any,
     *args: Any,
     config: JacobiConfig | None = None,
+    adapter: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | JacobiOutput:
     """Generate text by Jacobi decoding: the tokens of greedy search, in fewer forward passes.
@@ -30,6 +31,8 @@ def generate(
     Args:
         model: a decoder-only transformers model in eval mode, patched or not.
         config: settings; keywords named like its fields replace them one by one.
+        adapter: makes the guesses and leaves the text alone: a `cllm.GatedAdapter`, its folder or
+            hub id (load it once if you call often), or a PEFT model around the same base.
 
     Returns:
         [B, P + T] int64 as HuggingFace's ``generate``, or `JacobiOutput` with
@@ -40,13 +43,17 @@ def generate(
     """
     from ..patching import original_generate
 
-    return run_generate(model, original_generate(model), config or JacobiConfig(), args, kwargs)
+    huggingface_generate = original_generate(model)
+    return run_generate(
+        model, huggingface_generate, config or JacobiConfig(), adapter, args, kwargs
+    )
 
 
 def run_generate(
     model: Any,
     huggingface_generate: Any,
     config: JacobiConfig,
+    adapter: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> torch.Tensor | JacobiOutput:
@@ -62,7 +69,7 @@ def run_generate(
     _take_stop_strings(model, kwargs)
     streamer = kwargs.pop("streamer", None)
     # generate() would keep the streamer from a custom loop after showing it the prompt
-    decode = partial(jacobi_decode, config=config, token_streamer=streamer)
+    decode = partial(jacobi_decode, config=config, adapter=adapter, token_streamer=streamer)
     return huggingface_generate(*args, custom_generate=decode, **kwargs)
 
 

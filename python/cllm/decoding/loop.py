@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -79,10 +80,13 @@ class WindowState:
             fill=fill,
         )
 
-    def step(self, predictions: torch.Tensor, config: JacobiConfig) -> torch.Tensor:
-        """Commit what `predictions` [B, n] makes final; returns accepted [B]."""
+    def step(
+        self, predictions: torch.Tensor, config: JacobiConfig, window: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Commit what `predictions` [B, n] makes final of `window` [B, n] (None: the state's),
+        which becomes the next one; returns accepted [B]."""
         return cllm_kernels.jacobi_step(
-            self.window,
+            self.window if window is None else window,
             predictions,
             self.sequences,
             self.lengths,
@@ -171,15 +175,26 @@ class DecodingLoop:
         state.step(predictions, config)
         self._read_back(predictions, before)
 
-    def _read_back(self, predictions: torch.Tensor, before: torch.Tensor | None) -> None:
-        """The iteration's one transfer to the host, and what the host has to do with it."""
+    def _read_back(
+        self,
+        predictions: torch.Tensor,
+        before: torch.Tensor | None,
+        guesses: torch.Tensor | None = None,
+    ) -> None:
+        """The iteration's one transfer to the host, and what the host has to do with it.
+
+        Args:
+            predictions: [B, v] of the tokens that were checked.
+            before: [B, n] the window that was fed, to record; None: nothing is recorded.
+            guesses: [B, n] of the guess rows, where there are some.
+        """
         state = self.state
         columns = [state.generated, state.lengths, state.progress, state.done]
-        status = torch.stack(columns, dim=1)
+        parts = [torch.stack(columns, dim=1)]
         if before is not None:
-            status = torch.cat([status, before, predictions], dim=1)
-        width = predictions.shape[1]
-        for index, values in enumerate(status.tolist()):
+            parts += [before, predictions] if guesses is None else [before, predictions, guesses]
+        ends = list(accumulate(part.shape[1] for part in parts))
+        for index, values in enumerate(torch.cat(parts, dim=1).tolist()):
             row = self.rows[index]
             if row.done:
                 continue
@@ -188,8 +203,8 @@ class DecodingLoop:
             accepted = generated - row.generated if kept is None else kept
             row.iterations += 1
             if before is not None:
-                window, drafted = values[4 : 4 + width], values[4 + width :]
-                row.records.append(self._record(row, window, drafted, accepted))
+                fields = [values[start:end] for start, end in pairwise(ends)]
+                row.records.append(self._record(row, accepted, *fields))
             if self.streamer is not None and accepted:
                 start = row.generated
                 self.streamer.put(state.sequences[index, start : start + accepted].cpu())
@@ -207,19 +222,26 @@ class DecodingLoop:
         return kept
 
     def _record(
-        self, row: HostRow, window: list[int], drafted: list[int], accepted: int
+        self,
+        row: HostRow,
+        accepted: int,
+        window: list[int],
+        predictions: list[int],
+        guesses: list[int] | None = None,
     ) -> Iteration:
         exact = row.progress + 1
         while (
             self.config.accept == "all"
-            and exact < len(window)
-            and window[exact] == drafted[exact - 1]
+            and exact < len(predictions)
+            and window[exact] == predictions[exact - 1]
         ):
             exact += 1
+        if guesses is not None:  # the draft behind what was checked is theirs
+            predictions = predictions[:exact] + guesses[exact:]
         return Iteration(
             position=row.generated - row.progress - self.prompt_width,
             window=window,
-            predictions=drafted,
+            predictions=predictions,
             exact=exact,
             accepted=accepted,
         )

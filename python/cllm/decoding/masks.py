@@ -57,3 +57,48 @@ def window_mask(
         return allowed
     additive = torch.zeros_like(allowed, dtype=dtype)
     return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def gated_mask(
+    positions: torch.Tensor,
+    verify: int,
+    view: int,
+    kind: str,
+    size: int | None,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Which cache slots verify rows and guess rows may attend to.
+
+    Verify row i, at position ``len + i``, sees what row i of a plain window sees. Guess row i, at
+    the same position, sees the slots of committed tokens and of guess rows up to itself, and no
+    verify row. Guess row j's slot is ``len + verify + j``.
+
+    What stands in the slots of guess rows may be garbage, so blocked places get -inf, which no
+    finite score outweighs, and a boolean mask says so to `attention`.
+
+    Args:
+        positions: [B, v + n] position of every row, verify rows first; those of verify rows are
+            their slots.
+        verify: v, the number of verify rows.
+        view, kind, size, dtype: as in `window_mask`.
+
+    Returns:
+        [B, 1, v + n, K].
+    """
+    slots = torch.arange(view, device=positions.device)
+    start = positions[:, :1, None, None]  # [B, 1, 1, 1]
+    queries = positions[:, None, :, None]
+    guesses = slots >= start + verify  # [B, 1, 1, K] slots of guess rows, and what is free
+    keys = slots - verify * guesses
+    # of the slots of this forward a row sees its own kind only
+    own = torch.arange(positions.shape[1], device=positions.device)[:, None] >= verify
+    allowed = (keys <= queries) & ((slots < start) | (guesses == own))
+    if kind == SLIDING and size is not None:
+        allowed &= keys > queries - size
+    elif kind == CHUNKED and size is not None:
+        allowed &= keys // size == queries // size
+    if dtype is None:
+        allowed._cllm_exact = True  # type: ignore[attr-defined]
+        return allowed
+    additive = torch.zeros_like(allowed, dtype=dtype)
+    return additive.masked_fill_(~allowed, float("-inf"))

@@ -1,0 +1,104 @@
+"""The decoding loop with an adapter: verify rows decide, guess rows propose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import cllm_kernels
+
+from ..adapter import Gate
+from .loop import DecodingLoop
+from .processors import processed_argmax
+
+
+class GatedLoop(DecodingLoop):
+    """Runs the iterations of one call whose guesses an adapter makes.
+
+    Args:
+        gate: of `GatedAdapter.applied`, around the model of `forward`.
+        others: those of `DecodingLoop`; the window of `state` has ``n = config.block_size`` tokens.
+    """
+
+    def __init__(self, *args: Any, gate: Gate, **others: Any):
+        super().__init__(*args, **others)
+        self.gate = gate
+        self.verify = self.config.verify_size or self.config.block_size
+
+    def _iterate(self) -> None:
+        state, config, verify = self.state, self.config, self.verify
+        window = state.window
+        batch, width = window.shape
+        host_lengths = [row.length for row in self.rows]
+        with self.gate.open(verify, batch, verify + width):
+            logits = self.forward.gated_window(window, verify, state.lengths, host_lengths)
+        self.forwards += 1
+        drafted = cllm_kernels.row_argmax(logits)[0]
+        guesses = drafted[:, verify:]
+        checked = window[:, :verify].clone(memory_format=torch.contiguous_format)
+        if self.processors:
+            starts = [row.generated - row.progress for row in self.rows]
+            predictions = processed_argmax(
+                self.processors, logits[:, :verify], checked, state.sequences, starts
+            )
+        else:
+            predictions = drafted[:, :verify].contiguous()
+        lengths = state.lengths.clone()
+        state.step(predictions, config, checked)
+        state.window = next_window(
+            checked,
+            guesses,
+            kept=state.lengths - lengths,
+            progress=state.progress if config.mode == "block" else None,
+            generated=state.generated,
+            fill=state.fill,
+        )
+        if config.record_trajectories:
+            self._read_back(predictions, window, guesses)
+        else:
+            self._read_back(predictions, None)
+
+
+def next_window(
+    checked: torch.Tensor,
+    guesses: torch.Tensor,
+    *,
+    kept: torch.Tensor,
+    progress: torch.Tensor | None,
+    generated: torch.Tensor,
+    fill: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `jacobi_step` makes of a window, with the guesses of the guess rows in it.
+
+    Only shapes decide what runs; nothing is read back. Rows that have ended get some window.
+
+    Args:
+        checked: [B, v] what `jacobi_step` has made of the verify rows' window: its first token is
+            the last committed one; in block mode its first 1 + `progress` tokens are exact.
+        guesses: [B, n] predictions of the guess rows: token i is the guess for the place after
+            window token i.
+        kept: [B] window tokens that the cache has gained.
+        progress: [B] exact predictions of an unfinished block, 0 behind a finished one (block
+            mode, where v = n); None in sliding mode.
+        generated: [B] filled columns of the output.
+        fill: [B, F] guess for every column of the output, or None: repeat the last guess.
+
+    Returns:
+        [B, n] int64, contiguous.
+    """
+    columns = torch.arange(guesses.shape[1], device=guesses.device)
+    if progress is not None:
+        exact = progress[:, None]
+        unfinished = (exact > 0) & (columns > exact)
+        return torch.where(unfinished, guesses.roll(1, dims=1), checked)
+    last = guesses.shape[1] - 1
+    source = kept[:, None] - 1 + columns  # of the guess for every place
+    if fill is None:
+        unknown = guesses[:, -1:]
+    else:
+        place = generated[:, None] - 1 + columns
+        unknown = fill.gather(1, place.clamp(0, fill.shape[1] - 1))
+    window = torch.where(source <= last, guesses.gather(1, source.clamp(0, last)), unknown)
+    window[:, 0] = checked[:, 0]
+    return window
