@@ -61,6 +61,7 @@ class ConsistencyTrainingArguments(TrainingArguments):
     schedule_window: int = field(default=4, metadata={"help": "blocks from low to high noise"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})
     recompute: bool = field(default=False, metadata={"help": "compute logits twice, save memory"})
+    gated: bool = field(default=False, metadata={"help": "adapters that guess and decide nothing"})
 
     augment: float = field(default=0.0, metadata={"help": "share put right in extra states"})
     row_tokens: int | None = field(default=None, metadata={"help": "columns of a packed row"})
@@ -132,7 +133,12 @@ class ConsistencyTrainingArguments(TrainingArguments):
             problems.append(f"augment must lie in [0, 1), not {self.augment!r}")
         if self.augment and self.consistency == "local":
             problems.append("augment needs consistency='global': its states have no next one")
-        if self.merge_lora and not self.lora_r:
+        if self.merge_lora and self.gated:
+            problems.append(
+                "a gated adapter is never merged: merged weights would decide the text, too; leave "
+                "merge_lora out"
+            )
+        elif self.merge_lora and not self.lora_r:
             problems.append("merge_lora needs adapters to merge; set lora_r")
         if self.remove_unused_columns:
             problems.append(

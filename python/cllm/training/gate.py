@@ -86,14 +86,16 @@ class AdapterGate:
         """What the adapter `name` may add, of the output [..., features] of its last matrix."""
         if self._shut is None:
             return torch.zeros_like(output)
-        if output.shape[:-1] != self._shut.shape[:-1]:
+        batch, columns = self._shut.shape[:-1]
+        if output.shape[:-1] not in ((batch, columns), (batch * columns,)):
             raise UnsupportedModelError(
                 f"the adapter {name} sees {list(output.shape[:-1])} tokens of a batch of "
-                f"{list(self._shut.shape[:-1])}, so it is not known which are noisy; leave it out "
+                f"{[batch, columns]}, so it is not known which are noisy; leave it out "
                 "of target_modules"
             )
         self._ran.add(name)
-        return output.masked_fill(self._shut.to(output.device), 0)
+        shut = self._shut if output.dim() == 3 else self._shut.flatten(0, 1)
+        return output.masked_fill(shut.to(output.device), 0)
 
     def _recall(self, shut: Tensor) -> None:
         self._enter(shut)
