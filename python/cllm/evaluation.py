@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -147,7 +147,7 @@ def evaluate(
     started = time.perf_counter()
     texts = decode_texts(model, tokenizer, ids, adapter=adapter, **settings)
     seconds = time.perf_counter() - started
-    alone = nullcontext()
+    alone: AbstractContextManager[None] = nullcontext()
     if base is None and adapter is not None:
         base, alone = model, adapters_off(model)
     with alone, base_model(model, base) as judge:

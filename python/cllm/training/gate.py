@@ -148,13 +148,13 @@ class _GatedOutput:
         return self._gate.output(self._name, output)
 
 
-def _lora_weights(model: Any) -> dict[str, torch.nn.Linear]:
+def _lora_weights(model: Any) -> dict[str, Any]:
     """Name to last matrix (lora_B) of every adapter in `model`, all of which can be gated.
 
     Raises:
         UnsupportedModelError: otherwise.
     """
-    found: dict[str, torch.nn.Linear] = {}
+    found: dict[str, Any] = {}
     allowed: set[int] = set()
     for prefix, module in model.named_modules():
         if not hasattr(module, "_disable_adapters"):
@@ -183,7 +183,7 @@ def _lora_weights(model: Any) -> dict[str, torch.nn.Linear]:
                     f"gated training takes LoRA adapters on linear layers; that of {prefix} is of "
                     f"{type(last).__name__} layers"
                 )
-            if last.bias is not None:
+            if getattr(last, "bias", None) is not None:
                 raise UnsupportedModelError(
                     f"the adapter of {prefix} has a bias, which the gated adapter's format does "
                     "not hold; use lora_bias=False"
