@@ -69,10 +69,17 @@ def defined_gated_loss(
             # the last right token and all behind it are the adapter's
             wrong = next(i for i in range(len(state) + 1) if state[:i] != right[:i]) - 1
             first = start + wrong
-            noisy = [text[first - 1], *state[wrong:]]
+            # a whole window goes on with what stands in the next block
+            window = (entry, number) in sample.tails
+            tail = sample.tails.get((entry, number))
+            following = [] if tail is None else example.blocks[entry + 1].states[tail]
+            noisy = [text[first - 1], *state[wrong:], *following]
+            if window:
+                noisy = noisy[: example.block_size]
             student = gated_logits(wrapped, text[: first - 1], noisy)
-            # row i predicts token i + 1 of the block, and the block's last token predicts nothing
-            counted = list(range(first, start + len(state) - 1))
+            # row i predicts token i + 1, which the block, or the text of a window, must have
+            end = min(first + len(noisy) - 1, len(text) - 1) if window else start + len(state) - 1
+            counted = list(range(first, end))
             losses = divergence(student[1 : 1 + len(counted)], taught[counted], config)
             total, rows = total + losses.sum(), rows + len(counted)
     return total / max(rows, 1), rows

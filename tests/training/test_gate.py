@@ -14,6 +14,7 @@ import cllm
 from cllm import ConsistencyConfig, UnsupportedModelError
 from cllm.training.masks import PackedTokens, attention_masks
 from cllm.training.packing import ConsistencyCollator, pack_sample
+from cllm.training.sampling import SampledDataset
 from tests.decoding.tiny_models import fresh_model, prompts
 from tests.training.definition import every_state, first_states, random_example
 from tests.training.exact import FAMILIES, exact_model
@@ -109,6 +110,23 @@ def test_two_halves_of_a_batch_add_up_to_it(exact_softmax):
     torch.testing.assert_close(sum(output.ar_loss for output in outputs), whole.ar_loss)
     # forwards first, one backward behind them all
     assert_same_gradients(gradients(wrapped, sum(output.loss for output in outputs)), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-local", "gpt2"])
+def test_windows_that_go_on_behind_their_block(family, exact_softmax):
+    config = replace(CONFIG, sampling="sliding", states=2)
+    examples = [random_example(1, response=15), random_example(4, 1, 11, block_size=5)]
+    samples = [SampledDataset(examples, config, seed=3)[index] for index in range(2)]
+    tails = [tail for sample in samples for tail in sample.tails.values()]
+    assert None in tails and sum(tail is not None for tail in tails) > 4
+    wrapped = adapted(exact_model(family), family)
+    expected, rows = defined_gated_loss(wrapped, samples, config)
+    expected_gradients = gradients(wrapped, expected)
+    cllm.patch_training(wrapped, config)
+    output = wrapped(**batch_of(samples, config))
+    torch.testing.assert_close(output.loss, expected, rtol=1e-11, atol=1e-12)
+    assert int(output.tokens) == rows > 20
+    assert_same_gradients(gradients(wrapped, output.loss), expected_gradients)
 
 
 @settings(max_examples=40, deadline=None)

@@ -122,7 +122,8 @@ def train(
     sampling: Annotated[
         str | None,
         typer.Option(
-            "--sampling", help="Noisy states: per_block, uniform or schedule. [default: per_block]"
+            "--sampling",
+            help="Noisy states: per_block, uniform, schedule or sliding.  [default: per_block]",
         ),
     ] = None,
     states: Annotated[

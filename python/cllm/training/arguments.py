@@ -56,7 +56,7 @@ class ConsistencyTrainingArguments(TrainingArguments):
     label_smoothing: float = field(default=0.1, metadata={"help": "of the autoregressive loss"})
     teacher: str = field(default="self", metadata={"help": "self, base or ema"})
     ema_decay: float = field(default=0.999, metadata={"help": "of the ema teacher, per step"})
-    sampling: str = field(default="per_block", metadata={"help": "uniform, per_block, schedule"})
+    sampling: str = field(default="per_block", metadata={"help": "which noisy states"})
     states: int = field(default=1, metadata={"help": "noisy states a response or a block"})
     schedule_window: int = field(default=4, metadata={"help": "blocks from low to high noise"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Consistency = Literal["global", "local"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 Teacher = Literal["self", "base", "ema"]
-Sampling = Literal["uniform", "per_block", "schedule"]
+Sampling = Literal["uniform", "per_block", "schedule", "sliding"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class ConsistencyConfig:
         sampling: which noisy states of a response are trained on: ``"uniform"``: `states` of all
             its states, drawn alike; ``"per_block"``: `states` of every block;
             ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over
-            windows of `schedule_window` blocks (arXiv 2512.14681).
+            windows of `schedule_window` blocks (arXiv 2512.14681); ``"sliding"``: `states` of every
+            block, each going on into a state of the next block until it is as long as a window
+            (`SampledExample.tails`): what decoding's sliding window holds.
         states: states a response (``"uniform"``) or a block (the others).
         schedule_window: blocks over which the share of wrong tokens goes from low to high.
         chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
@@ -102,6 +104,10 @@ class ConsistencyConfig:
             switch: Any = getattr(self, name)
             if not isinstance(switch, bool):
                 problems.append(f"{name} must be True or False, not {switch!r}")
+        if self.sampling == "sliding" and self.consistency == "local":
+            problems.append(
+                "sampling='sliding' needs consistency='global': its states have no next one"
+            )
         if self.gated is True:
             if self.teacher == "ema":
                 problems.append(

@@ -16,6 +16,9 @@ Where the noisy columns alone have an adapter (`gated`), the segment is l_{s+d-1
 the last right token too, since decoding gives a window's first, committed token to the adapter as
 well. It attends to the clean tokens before itself, and its row is not counted.
 
+A state that is a window of sliding decoding (`SampledExample.tails`) keeps its last token, and goes
+on with a state of the next block until it has n tokens, the last right one counted.
+
 Every token of the response is a label once. The last one is never an input, so it has no column.
 """
 
@@ -85,25 +88,25 @@ def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False
     packed = PackedSample(clean=text[:-1])
     numbers: dict[tuple[int, int], int] = {}
 
-    def segment_of(entry: int, state: int) -> tuple[int, int]:
-        """(segment, first wrong token) of a state; its segment is made when first asked for."""
-        tokens, block = example.blocks[entry].states[state], example.blocks[entry]
-        wrong = first_difference(tokens, block.fixed_point)
-        if wrong < len(tokens) - 1 and (entry, state) not in numbers:
+    def segment_of(entry: int, state: int) -> tuple[int, int, int]:
+        """(segment, first wrong token, guesses) of a state; its segment is made when first asked
+        for."""
+        wrong, guesses = _guesses(sample, entry, state)
+        if guesses and (entry, state) not in numbers:
             first = prompt + example.block_start(entry) + wrong
             # there is a token before it: a prompt is never empty
             lead = [text[first - 1]] if gated else []
-            packed.segments.append((first - len(lead), lead + tokens[wrong:-1]))
+            packed.segments.append((first - len(lead), lead + guesses))
             numbers[entry, state] = len(packed.segments)
-        return numbers.get((entry, state), 0), wrong
+        return numbers.get((entry, state), 0), wrong, len(guesses)
 
     taught: set[int] = set()
     for entry, state in sample.picks:
         start, length = prompt + example.block_start(entry), len(example.blocks[entry].fixed_point)
         packed.nominal += length
-        segment, wrong = segment_of(entry, state)
-        next_segment, next_wrong = segment_of(entry, state + 1) if local else (0, length)
-        for position in range(start + wrong, start + length - 1):
+        segment, wrong, count = segment_of(entry, state)
+        next_segment, next_wrong, _ = segment_of(entry, state + 1) if local else (0, len(text), 0)
+        for position in range(start + wrong, start + wrong + count):
             clean_teacher = position < start + next_wrong
             label = IGNORED
             if clean_teacher and position not in taught:
@@ -117,6 +120,21 @@ def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False
         if position not in taught
     ]
     return packed
+
+
+def _guesses(sample: SampledExample, entry: int, state: int) -> tuple[int, list[int]]:
+    """The first wrong token of a state, counted in its block, and the inputs from there on."""
+    example, block = sample.example, sample.example.blocks[entry]
+    tokens = block.states[state]
+    wrong = first_difference(tokens, block.fixed_point)
+    if (entry, state) not in sample.tails:
+        return wrong, tokens[wrong:-1]
+    tail = sample.tails[entry, state]
+    following = [] if tail is None else example.blocks[entry + 1].states[tail]
+    # n tokens with the last right one, and the response's last token is nobody's input
+    last = len(example.response) - 1 - example.block_start(entry)
+    end = min(wrong + example.block_size - 1, last)
+    return wrong, [*tokens, *following][wrong:end]
 
 
 def check_example(sample: SampledExample) -> None:
@@ -141,6 +159,15 @@ def check_example(sample: SampledExample) -> None:
             raise ValueError(
                 f"{name}: the fixed point of block {example.block_index[entry]} is not the "
                 "response's text there; collect its trajectories again"
+            )
+    for (entry, _), tail in sample.tails.items():
+        if tail is None:
+            continue
+        follows = example.block_index[entry + 1 : entry + 2] == [example.block_index[entry] + 1]
+        if not follows or not 0 <= tail < len(example.blocks[entry + 1].states):
+            raise ValueError(
+                f"{name}: block entry {entry} cannot go on with state {tail} of the next block, "
+                "which has no such state or is not there"
             )
     for entry, state in sample.picks:
         if not (
