@@ -217,5 +217,5 @@ def write_folder(
 
 
 def _number(value: float) -> int | float:
-    rounded = round(value, 9)
-    return int(rounded) if rounded == int(rounded) else rounded
+    """lora_alpha as it was written: scaling * rank rounds."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value

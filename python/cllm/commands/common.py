@@ -72,6 +72,24 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda, cuda:N.")
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH_OR_HUB_ID",
+        help="Gated adapter: makes the guesses, and the text stays the model's own.",
+        show_default=False,
+    ),
+]
+VerifySizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--verify-size",
+        min=1,
+        help="With --adapter: tokens of the window that the model checks.  [default: all]",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random guesses.")]
 ModeOption = Annotated[
     Mode, typer.Option("--mode", help="sliding window, or the paper's block by block.")
@@ -105,7 +123,12 @@ def write_json(value: Any) -> None:
 
 
 def decoding_config(
-    block_size: int, mode: Mode, fill: Fill, seed: int, record: bool = False
+    block_size: int,
+    mode: Mode,
+    fill: Fill,
+    seed: int,
+    record: bool = False,
+    verify_size: int | None = None,
 ) -> JacobiConfig:
     """The options as a validated `JacobiConfig`."""
     from ..decoding import JacobiConfig
@@ -116,6 +139,7 @@ def decoding_config(
         fill=fill.value,
         seed=seed,
         record_trajectories=record,
+        verify_size=verify_size,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    AdapterOption,
     BlockSizeOption,
     CommandError,
     CommandInterrupted,
@@ -27,6 +28,7 @@ from .common import (
     ModeOption,
     SeedOption,
     ThreadsOption,
+    VerifySizeOption,
     decoding_config,
     diagnostics,
     load,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from ..adapter import GatedAdapter
     from ..decoding import JacobiConfig
     from ..models import LoadedModel
     from ..prompts import Prompt
@@ -83,6 +86,8 @@ def generate(
     ] = False,
     max_new_tokens: MaxNewTokensOption = 256,
     block_size: BlockSizeOption = 8,
+    adapter: AdapterOption = None,
+    verify_size: VerifySizeOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
@@ -99,8 +104,17 @@ def generate(
     if output is None and (overwrite or trajectories is not None):
         name = "--overwrite" if overwrite else "--trajectories"
         raise CommandError(f"{name} needs --output")
+    if verify_size is not None and adapter is None:
+        raise CommandError("--verify-size needs --adapter")
     errors = diagnostics()
-    config = decoding_config(block_size, mode, fill, seed, record=trajectories is not None)
+    config = decoding_config(
+        block_size,
+        mode,
+        fill,
+        seed,
+        record=trajectories is not None,
+        verify_size=verify_size,
+    )
     chosen = read_prompts(prompts) if prompts is not None else [_one_prompt(prompt)]
     settings = {
         "model": model or "default",
@@ -113,10 +127,12 @@ def generate(
         "system": system,
         "chat_template": not no_chat_template,
     }
+    if adapter is not None:
+        settings |= {"adapter": adapter, "verify_size": verify_size}
 
     def start() -> _Run:
         loaded = load(model, dtype, device, threads, errors)
-        run = _Run(loaded, config, max_new_tokens, errors)
+        run = _Run(loaded, config, max_new_tokens, errors, _load_adapter(adapter, loaded, errors))
         run.encode(chosen, system, not no_chat_template)
         return run
 
@@ -129,6 +145,23 @@ def generate(
     else:
         run.rows(0, batch_size, lambda row, record: _print_row(row))
     return 0
+
+
+def _load_adapter(source: str | None, loaded: LoadedModel, errors: Console) -> GatedAdapter | None:
+    if source is None:
+        return None
+    from ..adapter import GatedAdapter
+
+    adapter = GatedAdapter.load(source)
+    adapter.check(loaded.model)
+    if adapter.metadata.get("gated") is not True:  # Python's warnings are off here
+        errors.print(
+            f"{source} does not say that it was trained with the gate: same text, fewer right "
+            "guesses",
+            markup=False,
+            soft_wrap=True,
+        )
+    return adapter
 
 
 def _one_prompt(text: str | None) -> Prompt:
@@ -199,10 +232,16 @@ class _Run:
     """A loaded model and encoded prompts."""
 
     def __init__(
-        self, loaded: LoadedModel, config: JacobiConfig, max_new_tokens: int, errors: Console
+        self,
+        loaded: LoadedModel,
+        config: JacobiConfig,
+        max_new_tokens: int,
+        errors: Console,
+        adapter: GatedAdapter | None,
     ) -> None:
         self._loaded = loaded
         self._config = config
+        self._adapter = adapter
         self._max_new_tokens = max_new_tokens
         self._errors = errors
         self._prompts: list[Prompt] = []
@@ -293,6 +332,7 @@ class _Run:
             num_beams=1,
             max_new_tokens=self._max_new_tokens,
             config=self._config,
+            adapter=self._adapter,
             streamer=streamer,
             return_dict_in_generate=True,
             **extra,
