@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapter import resolve_adapter
+from .adapter.peft_model import adapters_off
 from .decoding import JacobiConfig, JacobiOutput, generate
 from .head import LanguageHead, evaluating
 from .prompts import Prompt, check_length, encode
@@ -110,6 +112,7 @@ def evaluate(
     *,
     references: Sequence[Sequence[int]] | None = None,
     base: Any = None,
+    adapter: Any = None,
     config: JacobiConfig | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
@@ -123,7 +126,9 @@ def evaluate(
         references: token ids of the base model's (or the teacher's) greedy texts. None: decoded
             with the base model, where there is one.
         base: the model whose likelihood judges the texts. None: for a PEFT model, the same model
-            with its adapters off; for any other, no likelihood.
+            with its adapters off, and so with `adapter`; for any other, no likelihood.
+        adapter: makes the guesses of gated decoding, see `cllm.generate`; the base model's own
+            texts are decoded without it.
         config: of Jacobi decoding.
         max_new_tokens: length limit of a text.
         batch_size: prompts that are decoded together.
@@ -140,10 +145,14 @@ def evaluate(
         "batch_size": batch_size,
     }
     started = time.perf_counter()
-    texts = decode_texts(model, tokenizer, ids, **settings)
+    texts = decode_texts(model, tokenizer, ids, adapter=adapter, **settings)
     seconds = time.perf_counter() - started
-    with base_model(model, base) as judge:
+    alone: AbstractContextManager[None] = nullcontext()
+    if base is None and adapter is not None:
+        base, alone = model, adapters_off(model)
+    with alone, base_model(model, base) as judge:
         if references is None and judge is not None:
+            settings["config"] = replace(settings["config"], verify_size=None)  # an adapter's
             decoded = decode_texts(judge, tokenizer, ids, **settings)
             references = [text.tokens for text in decoded]
         own = base_own = None
@@ -227,13 +236,17 @@ def decode_texts(
     config: JacobiConfig,
     max_new_tokens: int,
     batch_size: int,
+    adapter: Any = None,
 ) -> list[DecodedText]:
-    """Greedy texts of encoded prompts by Jacobi decoding, `batch_size` of like length at a time."""
+    """Greedy texts of encoded prompts by Jacobi decoding, `batch_size` of like length at a time;
+    with `adapter`, gated (see `cllm.generate`)."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(
             f"batch_size and max_new_tokens must be at least 1, not {batch_size} and "
             f"{max_new_tokens}"
         )
+    if adapter is not None:
+        adapter = resolve_adapter(adapter)  # a folder is read once
     config = config.updated(record_trajectories=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pad = 0 if pad is None else int(pad)
@@ -247,6 +260,7 @@ def decode_texts(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 config=config,
+                adapter=adapter,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

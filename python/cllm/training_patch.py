@@ -15,9 +15,10 @@ import torch
 
 from .head import LanguageHead, takes
 from .training.config import ConsistencyConfig
+from .training.gate import AdapterGate
 from .training.loss import packed_loss
 from .training.masks import check_attention
-from .training.probe import check_packed_forward
+from .training.probe import check_gated_forward, check_packed_forward
 from .training.teachers import (
     AdapterOffTeacher,
     FrozenTeacher,
@@ -37,14 +38,17 @@ class TrainingHandle:
         config: the settings in force.
     """
 
-    def __init__(self, model: Any, config: ConsistencyConfig):
+    def __init__(self, model: Any, config: ConsistencyConfig, gate: AdapterGate | None = None):
         self.model = model
         self.config = config
         self._head = LanguageHead.of(model)
         self._kinds = mask_kinds(type(model).__name__, model.config.get_text_config())
         self._hidden = model.__dict__.get("forward")
         self._on = True
+        self._gate = gate
         self._copy: FrozenTeacher | None = None
+        if gate is not None:  # the clean columns are the base model
+            return
         if config.teacher == "base" and not trains_adapter_only(model):
             self._copy = FrozenTeacher(model)
         elif config.teacher == "ema":
@@ -56,12 +60,13 @@ class TrainingHandle:
         return self._on and self.model.__dict__.get(_HANDLE) is self
 
     def teacher(self) -> Teacher | None:
-        """Who teaches at present; None: the model itself.
+        """Who teaches at present; None: the model itself (in gated training, its clean columns,
+        which are the base model).
 
         An adapter that was put into the model after the patch is taken into account: the base
         model's copy is given up for the model without its adapter.
         """
-        if self.config.teacher == "self":
+        if self.config.teacher == "self" or self._gate is not None:
             return None
         if self.config.teacher == "base":
             if trains_adapter_only(self.model):
@@ -103,6 +108,8 @@ class TrainingHandle:
             return
         self._on = False
         self._copy = None
+        if self._gate is not None:
+            self._gate.remove()
         own = self.model.__dict__
         if getattr(own.get("forward"), "__func__", None) is not own[_HANDLE]._function:
             return  # somebody wrapped our forward since; it now passes every call on
@@ -147,7 +154,9 @@ class TrainingHandle:
         batch = dict(kwargs, input_ids=args[0]) if args else kwargs
         if self._head.model is not self.model:  # a deep copy of the model, and of this handle
             self._head = self._head.of_copy(self.model)
-        output = packed_loss(self._head, self.config, self._kinds, self.teacher(), batch)
+        output = packed_loss(
+            self._head, self.config, self._kinds, self.teacher(), batch, self._gate
+        )
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
@@ -161,14 +170,17 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
     Args:
         model: a causal language model of transformers, possibly in PEFT, DistributedDataParallel
             or `torch.compile`; it may be wrapped in them later too. Patch before FSDP2 shards it.
-        config: settings; the defaults of `ConsistencyConfig` if None.
+        config: settings; the defaults of `ConsistencyConfig` if None. With ``gated=True`` the model
+            must have its LoRA adapters already; until the patch is removed they work in the noisy
+            columns of packed batches and nowhere else.
 
     Returns:
         A handle; ``handle.remove()`` undoes the patch.
 
     Raises:
         UnsupportedModelError: if the model's forward does not give, on a small packed row, what it
-            gives on the same texts one by one, or its head cannot be used by itself.
+            gives on the same texts one by one, or its head cannot be used by itself; with
+            ``gated=True`` if there are no adapters, or not such that can be gated.
     """
     model = unwrapped(model)
     name = type(model).__name__
@@ -181,10 +193,19 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
             f"{name} reads positions off the keys' places, which packed samples share; "
             "consistency training needs a model that takes position_ids"
         )
+    config = config or ConsistencyConfig()
     check_packed_forward(head, mask_kinds(name, text))
+    gate = None
+    if config.gated:
+        gate = AdapterGate(model)
+        try:
+            check_gated_forward(head, mask_kinds(name, text), gate)
+        except BaseException:
+            gate.remove()
+            raise
     current = model.__dict__.get(_HANDLE)
     if current is not None:
         current.remove()
-    handle = TrainingHandle(model, config or ConsistencyConfig())
+    handle = TrainingHandle(model, config, gate)
     handle._install()
     return handle

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cllm
 from benchmarks.training.curves import draw, read_run
 from cllm.commands.train_settings import read_settings, training_arguments
 from tests.training.tiny_trajectories import store
@@ -96,6 +98,23 @@ train:
     AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_a_gated_adapter(run, flags, model_folder, trajectories, tmp_path):
+    prompts = write_prompts(tmp_path / "eval.jsonl", PROMPTS[:2])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gated: true\nlora_r: 2\nlearning_rate: 1e-2\neval_max_new_tokens: 8\n")
+    result = run(*flags, "--config", recipe, "--eval-prompts", prompts)
+    assert result.code == 0, result.err
+    assert "best model, step 2" in result.out
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(ids, max_new_tokens=16, do_sample=False)
+    for folder in (tmp_path / "out", tmp_path / "out" / "best_checkpoint"):
+        written = json.loads((folder / "cllm_adapter.json").read_text())
+        assert written["gated"] is True and written["base_model"] == str(model_folder)
+        found = cllm.generate(model, ids, adapter=folder, max_new_tokens=16)
+        assert torch.equal(found, expected)
+
+
 def test_an_interrupted_run_goes_on(run, flags, tmp_path):
     saving = ("--save-steps", 1)
     process = start(*flags, *saving, "--max-steps", 100000)
@@ -135,6 +154,9 @@ def test_an_interrupted_run_goes_on(run, flags, tmp_path):
         (("--resume", "last"), "no checkpoint to resume from"),
         (("--lora-r", "2", "--lora-targets", "nothing"), "lora_targets ['nothing']"),
         (("--merge-lora",), "merge_lora needs adapters"),
+        (("--gated",), "--gated trains a LoRA adapter: give its rank, --lora-r"),
+        (("--gated", "--lora-r", "2", "--merge-lora"), "a gated adapter is never merged"),
+        (("--gated", "--lora-r", "2", "--teacher", "ema"), "must be 'self' or 'base', not 'ema'"),
         (("--config", "missing.yaml"), "missing.yaml: No such file"),
         (("--model", "./nowhere"), "there is no model folder ./nowhere"),
         (("--lerning-rate", "1"), "--lerning-rate"),

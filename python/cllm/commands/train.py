@@ -86,6 +86,14 @@ def train(
         bool | None,
         typer.Option("--merge-lora", help="Save plain models with the adapters merged."),
     ] = None,
+    gated: Annotated[
+        bool | None,
+        typer.Option(
+            "--gated",
+            help="Train the adapter to guess and decide nothing: the text stays the base model's. "
+            "Needs --lora-r.",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Precision of the weights.  [default: float32]")
     ] = None,
@@ -114,7 +122,8 @@ def train(
     sampling: Annotated[
         str | None,
         typer.Option(
-            "--sampling", help="Noisy states: per_block, uniform or schedule. [default: per_block]"
+            "--sampling",
+            help="Noisy states: per_block, uniform, schedule or sliding.  [default: per_block]",
         ),
     ] = None,
     states: Annotated[

@@ -93,6 +93,8 @@ def training_arguments(own: dict[str, Any], values: dict[str, Any]) -> Consisten
         if not own.get("eval_prompts"):
             raise CommandError("--eval-steps needs --eval-prompts FILE")
     args = ConsistencyTrainingArguments(**{"disable_tqdm": True, **values})
+    if args.gated and not args.lora_r:
+        raise CommandError("--gated trains a LoRA adapter: give its rank, --lora-r 16 say")
     output = Path(str(args.output_dir))
     if output.is_file():
         raise CommandError(f"{output} is a file; name a folder")

@@ -56,11 +56,12 @@ class ConsistencyTrainingArguments(TrainingArguments):
     label_smoothing: float = field(default=0.1, metadata={"help": "of the autoregressive loss"})
     teacher: str = field(default="self", metadata={"help": "self, base or ema"})
     ema_decay: float = field(default=0.999, metadata={"help": "of the ema teacher, per step"})
-    sampling: str = field(default="per_block", metadata={"help": "uniform, per_block, schedule"})
+    sampling: str = field(default="per_block", metadata={"help": "which noisy states"})
     states: int = field(default=1, metadata={"help": "noisy states a response or a block"})
     schedule_window: int = field(default=4, metadata={"help": "blocks from low to high noise"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})
     recompute: bool = field(default=False, metadata={"help": "compute logits twice, save memory"})
+    gated: bool = field(default=False, metadata={"help": "adapters that guess and decide nothing"})
 
     augment: float = field(default=0.0, metadata={"help": "share put right in extra states"})
     row_tokens: int | None = field(default=None, metadata={"help": "columns of a packed row"})
@@ -132,7 +133,12 @@ class ConsistencyTrainingArguments(TrainingArguments):
             problems.append(f"augment must lie in [0, 1), not {self.augment!r}")
         if self.augment and self.consistency == "local":
             problems.append("augment needs consistency='global': its states have no next one")
-        if self.merge_lora and not self.lora_r:
+        if self.merge_lora and self.gated:
+            problems.append(
+                "a gated adapter is never merged: merged weights would decide the text, too; leave "
+                "merge_lora out"
+            )
+        elif self.merge_lora and not self.lora_r:
             problems.append("merge_lora needs adapters to merge; set lora_r")
         if self.remove_unused_columns:
             problems.append(

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Consistency = Literal["global", "local"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 Teacher = Literal["self", "base", "ema"]
-Sampling = Literal["uniform", "per_block", "schedule"]
+Sampling = Literal["uniform", "per_block", "schedule", "sliding"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,19 @@ class ConsistencyConfig:
         sampling: which noisy states of a response are trained on: ``"uniform"``: `states` of all
             its states, drawn alike; ``"per_block"``: `states` of every block;
             ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over
-            windows of `schedule_window` blocks (arXiv 2512.14681).
+            windows of `schedule_window` blocks (arXiv 2512.14681); ``"sliding"``: `states` of every
+            block, each going on into a state of the next block until it is as long as a window
+            (`SampledExample.tails`): what decoding's sliding window holds.
         states: states a response (``"uniform"``) or a block (the others).
         schedule_window: blocks over which the share of wrong tokens goes from low to high.
         chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
         recompute: save memory by computing logits twice (`cllm_kernels.linear_consistency_loss`).
+        gated: train LoRA adapters that work in the noisy columns alone. All other columns are the
+            frozen base model, which is the teacher (``"self"`` and ``"base"`` are the same here),
+            so the autoregressive loss is reported but moves nothing, whatever `ar_weight`. The
+            adapter is for gated decoding (``cllm.generate(..., adapter=...)``), which gives the
+            base model's own text. Noisy segments start one token earlier, at the last right
+            token, as decoding's windows do; that row is an input and is not counted.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -62,6 +70,7 @@ class ConsistencyConfig:
     schedule_window: int = 4
     chunk_tokens: int | None = None
     recompute: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -91,8 +100,24 @@ class ConsistencyConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name} must be an integer >= 1, not {value!r}")
-        recompute: Any = self.recompute
-        if not isinstance(recompute, bool):
-            problems.append(f"recompute must be True or False, not {recompute!r}")
+        for name in ("recompute", "gated"):
+            switch: Any = getattr(self, name)
+            if not isinstance(switch, bool):
+                problems.append(f"{name} must be True or False, not {switch!r}")
+        if self.sampling == "sliding" and self.consistency == "local":
+            problems.append(
+                "sampling='sliding' needs consistency='global': its states have no next one"
+            )
+        if self.gated is True:
+            if self.teacher == "ema":
+                problems.append(
+                    "gated training is taught by the frozen base model in its clean columns; "
+                    "teacher must be 'self' or 'base', not 'ema'"
+                )
+            if self.consistency == "local":
+                problems.append(
+                    "gated training is towards the base model's own text; consistency must be "
+                    "'global', not 'local'"
+                )
         if problems:
             raise ValueError("ConsistencyConfig: " + "; ".join(problems))

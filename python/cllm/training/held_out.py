@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..adapter import GatedAdapter
 from ..decoding import JacobiConfig
 from ..evaluation import (
     DecodedText,
@@ -55,6 +56,7 @@ class HeldOut:
             raise ValueError("evaluation needs the tokenizer; give processing_class")
         self._tokenizer = tokenizer
         self._prompts = encode_prompts(model, tokenizer, prompts)
+        self._gated = bool(args.gated)
         manifest = getattr(dataset, "manifest", None)
         block = args.eval_block_size or getattr(manifest, "block_size", None)
         self._settings: dict[str, Any] = {
@@ -90,7 +92,10 @@ class HeldOut:
         self.prepare(trainer)
         assert self.base_result is not None
         model = trainer.accelerator.unwrap_model(trainer.model)
-        texts, seconds = self._decode(trainer, model)
+        adapter = None
+        if self._gated:  # the base model decodes, the adapter as it is now only guesses
+            adapter = GatedAdapter.from_peft(model, metadata={"gated": True})
+        texts, seconds = self._decode(trainer, model, adapter)
         with base_model(model, self._base) as judge:
             nll = self._score(trainer, judge, [text.tokens for text in texts])
         return summarise(texts, self.base_result.responses, nll, self._base_nll, seconds)
@@ -116,7 +121,9 @@ class HeldOut:
         content = [self._prompts, config, self._settings["max_new_tokens"]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _decode(self, trainer: Any, model: Any) -> tuple[list[DecodedText], float]:
+    def _decode(
+        self, trainer: Any, model: Any, adapter: GatedAdapter | None = None
+    ) -> tuple[list[DecodedText], float]:
         start = time.perf_counter()
         # the noise of training must not depend on how often it is interrupted by an evaluation
         with torch.random.fork_rng():
@@ -124,7 +131,11 @@ class HeldOut:
                 trainer,
                 range(len(self._prompts)),
                 lambda rows: decode_texts(
-                    model, self._tokenizer, [self._prompts[row] for row in rows], **self._settings
+                    model,
+                    self._tokenizer,
+                    [self._prompts[row] for row in rows],
+                    adapter=adapter,
+                    **self._settings,
                 ),
             )
         return texts, time.perf_counter() - start

@@ -15,6 +15,7 @@ from cllm_kernels import linear_consistency_loss
 
 from ..head import LanguageHead
 from .config import ConsistencyConfig
+from .gate import AdapterGate
 from .masks import PackedTokens, attention_masks
 from .packing import CLEAN_FIELDS, ROW_FIELDS, TOKEN_FIELDS
 from .teachers import Teacher
@@ -45,6 +46,7 @@ def packed_loss(
     kinds: dict[str, int | None],
     teacher: Teacher | None,
     batch: dict[str, Any],
+    gate: AdapterGate | None = None,
 ) -> ConsistencyOutput:
     """The loss of a batch of `ConsistencyCollator`.
 
@@ -55,12 +57,21 @@ def packed_loss(
         batch: the collator's fields, and possibly `totals`, two numbers: the counted rows and the
             labels that the sums are divided by, instead of the batch's own. Given those of a whole
             batch, the losses of its micro-batches, or of several processes, add up to its loss.
+        gate: of the adapters, for gated training; the teacher is then the model itself, whose clean
+            columns are the base.
 
     Raises:
         ValueError: a field that is missing, of another dtype or shape, or points out of its row.
     """
     totals = check_batch(batch)
-    hidden = packed_hidden_states(head, kinds, batch)
+    if gate is None:
+        hidden = packed_hidden_states(head, kinds, batch)
+    else:
+        hidden = gate.hidden_states(
+            batch["segment_ids"] > 0, lambda: packed_hidden_states(head, kinds, batch)
+        )
+    # clean rows are the frozen base under a gate: there is nothing to train in them
+    ar_weight = 0.0 if gate is not None else config.ar_weight
     student, taught, clean = (
         _flat(batch[name], hidden) for name in ("student_index", "teacher_index", "clean_index")
     )
@@ -70,7 +81,7 @@ def packed_loss(
     rows = hidden.flatten(0, 1)[torch.cat([student, taught, clean])]
     operand, weight, bias = head.operands(rows)
     ar_operand = operand[len(student) :]
-    if config.ar_weight == 0:  # reported, not trained
+    if ar_weight == 0:  # reported, not trained
         ar_operand = ar_operand.detach()
     row_share, label_share = _shares(weights, labels, totals)
     head_options: dict[str, Any] = {
@@ -96,7 +107,7 @@ def packed_loss(
             **head_options,
             **divergence,
             **ar,
-            ar_weight=config.ar_weight * label_share / scale,
+            ar_weight=ar_weight * label_share / scale,
         )
         loss = loss * scale
     else:

@@ -12,6 +12,13 @@ position P + s + d and causally to its own segment. Its row predicts token s + i
 its teacher's: the clean row l_{s+i} (global consistency), or y'_i of the next state (local), which
 is the clean row too as long as y' is right up to there.
 
+Where the noisy columns alone have an adapter (`gated`), the segment is l_{s+d-1} y_d .. y_{m-2}:
+the last right token too, since decoding gives a window's first, committed token to the adapter as
+well. It attends to the clean tokens before itself, and its row is not counted.
+
+A state that is a window of sliding decoding (`SampledExample.tails`) keeps its last token, and goes
+on with a state of the next block until it has n tokens, the last right one counted.
+
 Every token of the response is a label once. The last one is never an input, so it has no column.
 """
 
@@ -65,11 +72,12 @@ class PackedSample:
         return len(self.clean) + self.noisy
 
 
-def pack_sample(sample: SampledExample, local: bool = False) -> PackedSample:
+def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False) -> PackedSample:
     """Lay out one response and its sampled states.
 
     Args:
         local: teach with the next state (CLLM, arXiv 2403.00835, eq. 7), not the fixed point.
+        gated: start every segment with the last right token.
 
     Raises:
         ValueError: an example whose parts do not fit each other.
@@ -80,22 +88,25 @@ def pack_sample(sample: SampledExample, local: bool = False) -> PackedSample:
     packed = PackedSample(clean=text[:-1])
     numbers: dict[tuple[int, int], int] = {}
 
-    def segment_of(entry: int, state: int) -> tuple[int, int]:
-        """(segment, first wrong token) of a state; its segment is made when first asked for."""
-        tokens, block = example.blocks[entry].states[state], example.blocks[entry]
-        wrong = first_difference(tokens, block.fixed_point)
-        if wrong < len(tokens) - 1 and (entry, state) not in numbers:
-            packed.segments.append((prompt + example.block_start(entry) + wrong, tokens[wrong:-1]))
+    def segment_of(entry: int, state: int) -> tuple[int, int, int]:
+        """(segment, first wrong token, guesses) of a state; its segment is made when first asked
+        for."""
+        wrong, guesses = _guesses(sample, entry, state)
+        if guesses and (entry, state) not in numbers:
+            first = prompt + example.block_start(entry) + wrong
+            # there is a token before it: a prompt is never empty
+            lead = [text[first - 1]] if gated else []
+            packed.segments.append((first - len(lead), lead + guesses))
             numbers[entry, state] = len(packed.segments)
-        return numbers.get((entry, state), 0), wrong
+        return numbers.get((entry, state), 0), wrong, len(guesses)
 
     taught: set[int] = set()
     for entry, state in sample.picks:
         start, length = prompt + example.block_start(entry), len(example.blocks[entry].fixed_point)
         packed.nominal += length
-        segment, wrong = segment_of(entry, state)
-        next_segment, next_wrong = segment_of(entry, state + 1) if local else (0, length)
-        for position in range(start + wrong, start + length - 1):
+        segment, wrong, count = segment_of(entry, state)
+        next_segment, next_wrong, _ = segment_of(entry, state + 1) if local else (0, len(text), 0)
+        for position in range(start + wrong, start + wrong + count):
             clean_teacher = position < start + next_wrong
             label = IGNORED
             if clean_teacher and position not in taught:
@@ -109,6 +120,21 @@ def pack_sample(sample: SampledExample, local: bool = False) -> PackedSample:
         if position not in taught
     ]
     return packed
+
+
+def _guesses(sample: SampledExample, entry: int, state: int) -> tuple[int, list[int]]:
+    """The first wrong token of a state, counted in its block, and the inputs from there on."""
+    example, block = sample.example, sample.example.blocks[entry]
+    tokens = block.states[state]
+    wrong = first_difference(tokens, block.fixed_point)
+    if (entry, state) not in sample.tails:
+        return wrong, tokens[wrong:-1]
+    tail = sample.tails[entry, state]
+    following = [] if tail is None else example.blocks[entry + 1].states[tail]
+    # n tokens with the last right one, and the response's last token is nobody's input
+    last = len(example.response) - 1 - example.block_start(entry)
+    end = min(wrong + example.block_size - 1, last)
+    return wrong, [*tokens, *following][wrong:end]
 
 
 def check_example(sample: SampledExample) -> None:
@@ -133,6 +159,15 @@ def check_example(sample: SampledExample) -> None:
             raise ValueError(
                 f"{name}: the fixed point of block {example.block_index[entry]} is not the "
                 "response's text there; collect its trajectories again"
+            )
+    for (entry, _), tail in sample.tails.items():
+        if tail is None:
+            continue
+        follows = example.block_index[entry + 1 : entry + 2] == [example.block_index[entry] + 1]
+        if not follows or not 0 <= tail < len(example.blocks[entry + 1].states):
+            raise ValueError(
+                f"{name}: block entry {entry} cannot go on with state {tail} of the next block, "
+                "which has no such state or is not there"
             )
     for entry, state in sample.picks:
         if not (
@@ -184,7 +219,9 @@ def batch_statistics(batch: dict[str, Tensor]) -> BatchStatistics:
     )
 
 
-def forwarded_tokens(sample: SampledExample, local: bool = False) -> tuple[int, int]:
+def forwarded_tokens(
+    sample: SampledExample, local: bool = False, gated: bool = False
+) -> tuple[int, int]:
     """Tokens that a training step forwards for one response.
 
     Returns:
@@ -198,7 +235,7 @@ def forwarded_tokens(sample: SampledExample, local: bool = False) -> tuple[int, 
         * (len(example.prompt) + example.block_start(entry) + len(example.blocks[entry].states[0]))
         for entry, _ in sample.picks
     )
-    return pack_sample(sample, local).columns, separate
+    return pack_sample(sample, local, gated).columns, separate
 
 
 class ConsistencyCollator:
@@ -219,7 +256,7 @@ class ConsistencyCollator:
             block of each (for statistics only)
 
     Args:
-        config: `consistency` of it is used.
+        config: `consistency` and `gated` of it are used.
         pad_token_id: stands in padded columns; any token will do.
         samples_per_row: most samples of one row; None: as many as `max_columns` holds.
         max_columns: most columns of a row; None: no limit. Samples are put, longest first, into the
@@ -257,6 +294,7 @@ class ConsistencyCollator:
                 "samples_per_row=None needs max_columns, which says when a row is full"
             )
         self.local = config.consistency == "local"
+        self.gated = config.gated
         self.pad_token_id = pad_token_id
         self.samples_per_row = samples_per_row
         self.max_columns = max_columns
@@ -308,7 +346,7 @@ class ConsistencyCollator:
         return rows
 
     def _packed(self, sample: SampledExample) -> PackedSample:
-        packed = pack_sample(sample, self.local)
+        packed = pack_sample(sample, self.local, self.gated)
         example = sample.example
         length = len(example.prompt) + len(example.response)
         if self.context is not None and length > self.context:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ..head import LanguageHead, evaluating
 from ..traits import UnsupportedModelError
 from .config import ConsistencyConfig
 from .examples import BlockStates, TrainingExample
+from .gate import AdapterGate
 from .loss import packed_hidden_states
 from .packing import ConsistencyCollator
 from .sampling import SampledExample
@@ -24,10 +27,7 @@ def check_packed_forward(head: LanguageHead, kinds: dict[str, int | None]) -> No
     model = head.model
     # far above rounding, far below what a wrong mask or position does
     bound = 1e-2 if model.dtype in (torch.float32, torch.float64) else 0.1
-    samples = [_sample(model.config.get_text_config().vocab_size, seed) for seed in (1, 2)]
-    collator = ConsistencyCollator(ConsistencyConfig(), samples_per_row=2, column_multiple=128)
-    device = model.get_input_embeddings().weight.device
-    batch = {name: value.to(device) for name, value in collator(samples).items()}
+    batch = _batch(model, ConsistencyConfig())
     name = type(model).__name__
     # a compiled model is not to be compiled for these shapes
     with evaluating(model), torch.compiler.set_stance("force_eager"):
@@ -43,6 +43,38 @@ def check_packed_forward(head: LanguageHead, kinds: dict[str, int | None]) -> No
             f"(hidden states differ by {worst:.2g}, relative): it does not keep to the mask and "
             "positions it is given, so it cannot be trained this way"
         )
+
+
+@torch.no_grad()
+def check_gated_forward(
+    head: LanguageHead, kinds: dict[str, int | None], gate: AdapterGate
+) -> None:
+    """Compare the clean columns of a gated row to those of the base model.
+
+    Raises:
+        UnsupportedModelError: if they are not the same to the bit, or an adapter does not go
+            through the gate.
+    """
+    model = head.model
+    batch = _batch(model, ConsistencyConfig(gated=True))
+    clean = batch["segment_ids"] == 0
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        base = packed_hidden_states(head, kinds, batch)
+        gated = gate.hidden_states(~clean, lambda: packed_hidden_states(head, kinds, batch))
+    gate.check_layers_ran()
+    if not torch.equal(base[clean], gated[clean]):
+        raise UnsupportedModelError(
+            f"in {type(model).__name__} the adapters reach tokens that the gate keeps them out of, "
+            "so clean text would not be the base model's"
+        )
+
+
+def _batch(model: Any, config: ConsistencyConfig) -> dict[str, Tensor]:
+    """One packed row of two samples."""
+    samples = [_sample(model.config.get_text_config().vocab_size, seed) for seed in (1, 2)]
+    collator = ConsistencyCollator(config, samples_per_row=2, column_multiple=128)
+    device = model.get_input_embeddings().weight.device
+    return {name: value.to(device) for name, value in collator(samples).items()}
 
 
 def _sample(vocabulary: int, seed: int) -> SampledExample:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,14 @@ class SampledExample:
 
     Attributes:
         picks: (entry of `example.blocks`, number of the state in it), each pair once.
+        tails: for picks that are windows of sliding decoding, n tokens from the last right one on:
+            the number of the state of the next entry that the window goes on with, or None if it
+            ends with its block. Picks that are not in it end before their block's last token.
     """
 
     example: TrainingExample
     picks: list[tuple[int, int]]
+    tails: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
 
 class StateSampler:
@@ -50,7 +54,10 @@ class StateSampler:
         """
         # a string seed is hashed by SHA-512: the same in every process, whatever PYTHONHASHSEED
         rng = random.Random(f"{self.seed},{epoch},{index}")
-        usable = [usable_states(block) for block in example.blocks]
+        if self.config.sampling == "sliding":
+            usable = [usable_windows(example, entry) for entry in range(len(example.blocks))]
+        else:
+            usable = [usable_states(block) for block in example.blocks]
         if self.config.sampling == "uniform":
             every = [(entry, state) for entry, states in enumerate(usable) for state in states]
             return sorted(rng.sample(every, min(self.config.states, len(every))))
@@ -67,6 +74,27 @@ class StateSampler:
             picks += [(entry, state) for state in chosen]
         return sorted(picks)
 
+    def tails(
+        self, example: TrainingExample, picks: list[tuple[int, int]], epoch: int, index: int
+    ) -> dict[tuple[int, int], int | None]:
+        """For ``"sliding"``, what each of `picks` goes on with; empty for any other sampling.
+
+        A window's last tokens came into it last, so they have been through no more iterations than
+        its first ones: the next block's state is drawn from those up to the same number.
+        """
+        if self.config.sampling != "sliding":
+            return {}
+        rng = random.Random(f"{self.seed},{epoch},{index},tails")
+        found: dict[tuple[int, int], int | None] = {}
+        for entry, state in picks:
+            found[entry, state] = None
+            following = example.block_index[entry + 1 : entry + 2]
+            if following == [example.block_index[entry] + 1]:
+                # not its fixed point, if it has any other state
+                last = max(0, len(example.blocks[entry + 1].states) - 2)
+                found[entry, state] = rng.randint(0, min(state, last))
+        return found
+
     def _target(self, block: int) -> float:
         """Share of wrong tokens wanted in this block of a response: 0 at the start of a window, 1
         at its end (arXiv 2512.14681)."""
@@ -78,6 +106,14 @@ def usable_states(block: BlockStates) -> list[int]:
     """Numbers of the states that have a row to train on: some input is wrong."""
     last = len(block.fixed_point) - 1
     return [number for number, first in enumerate(block.first_divergence) if first < last]
+
+
+def usable_windows(example: TrainingExample, entry: int) -> list[int]:
+    """The same for windows that go on behind their block: only the response's last token is no
+    input."""
+    start, block = example.block_start(entry), example.blocks[entry]
+    end = min(start + len(block.fixed_point), len(example.response) - 1)
+    return [number for number, first in enumerate(block.first_divergence) if start + first < end]
 
 
 def wrong_share(block: BlockStates, state: int) -> float:
@@ -146,4 +182,5 @@ class SampledDataset(Dataset):
     def drawn(self, index: int, epoch: int) -> SampledExample:
         """Row `index` with the states of `epoch`."""
         example = ended(self.examples[index], self.end_tokens)
-        return SampledExample(example, self.sampler(example, epoch, index))
+        picks = self.sampler(example, epoch, index)
+        return SampledExample(example, picks, self.sampler.tails(example, picks, epoch, index))

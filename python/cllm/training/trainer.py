@@ -17,7 +17,6 @@ from ..evaluation import Evaluation
 from ..training_patch import TrainingHandle, patch_training
 from .arguments import ConsistencyTrainingArguments
 from .checkpoints import (
-    RECIPE_FILE,
     STATE_FILE,
     CheckpointError,
     checkpoint_to_resume,
@@ -26,6 +25,7 @@ from .checkpoints import (
     replaced_folder,
     write_json,
 )
+from .descriptions import save_descriptions
 from .finite import NonFiniteLossError, check_finite
 from .held_out import HeldOut
 from .hooks import StepHooks
@@ -34,7 +34,6 @@ from .lora import add_adapters, is_peft, merged
 from .meter import Counts, Meter
 from .order import EpochOrder
 from .quality import QualityWatch, Verdict
-from .store import versions
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +41,6 @@ __all__ = ["ConsistencyTrainer", "NonFiniteLossError"]
 
 BEST = "best_checkpoint"
 _TEACHER_FILE = "teacher.pt"
-_RECORDED = ("cllm-kernels", "torch", "transformers", "accelerate", "peft", "tokenizers")
 
 
 class ConsistencyTrainer(Trainer):
@@ -99,6 +97,8 @@ class ConsistencyTrainer(Trainer):
         if args.lora_r and not is_peft(model):
             set_seed(args.seed)  # adapters start at random
             model = add_adapters(model, args)
+        if args.gated and not is_peft(model):
+            raise ValueError("gated=True trains LoRA adapters; set lora_r, or hand in a PEFT model")
         dataset = trajectories(train_dataset, processing_class)
         super().__init__(
             model=model,
@@ -115,6 +115,10 @@ class ConsistencyTrainer(Trainer):
             raise ValueError(
                 f"fsdp was asked for, but accelerate does not shard a model on {args.device.type}; "
                 "leave fsdp out"
+            )
+        if args.gated and self.is_fsdp_enabled:
+            raise ValueError(
+                "gated training keeps the adapters whole, to decode with them; leave fsdp out"
             )
         # `compute_loss` divides by the counts of the whole step: nothing else may divide again
         self.model_accepts_loss_kwargs = True
@@ -340,11 +344,12 @@ class ConsistencyTrainer(Trainer):
             merged(self.accelerator.unwrap_model(self.model)).save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-            self._save_recipe(folder)
+            save_descriptions(self, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A folder that plain transformers loads (PEFT for adapters), with tokenizer, generation
-        config and ``cllm_recipe.json``; adapters are merged where ``args.merge_lora`` says so."""
+        config and ``cllm_recipe.json``; adapters are merged where ``args.merge_lora`` says so.
+        Gated adapters have ``cllm_adapter.json`` too: ``cllm.generate(base, adapter=folder)``."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         else:
@@ -355,22 +360,9 @@ class ConsistencyTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._save_recipe(output_dir if output_dir is not None else str(self.output_folder))
-
-    def _save_recipe(self, folder: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        manifests = getattr(self.trajectories, "manifests", [])
-        content = {
-            "arguments": self.args.to_dict(),
-            "recipe": self.recipe,
-            "trajectories": [manifest.to_json() for manifest in manifests],
-            "versions": versions(_RECORDED),
-            "step": self.state.global_step,
-            "trained": self.meter.state(),
-        }
-        write_json(Path(folder) / RECIPE_FILE, content)
+            save_descriptions(
+                self, output_dir if output_dir is not None else str(self.output_folder)
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # ours first: transformers writes the file that marks a checkpoint as whole
