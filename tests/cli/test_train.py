@@ -204,7 +204,9 @@ def test_another_models_trajectories(run, flags, model_folder, tmp_path):
     assert result.code == 2 and "the tokenizer is not the one that" in result.error
 
 
-@pytest.mark.parametrize("name", ["smollm2_gpu.yaml", "smollm2_cpu.yaml", "gated_cpu.yaml", "tiny/recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["smollm2_gpu.yaml", "smollm2_cpu.yaml", "gated_cpu.yaml", "tiny/recipe.yaml"]
+)
 def test_the_recipes_in_the_repository_are_settings(name, tmp_path):
     path = Path(__file__).resolve().parents[2] / "recipes" / name
     own, values = read_settings(path, {"output": str(tmp_path)})
