@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cu
 demo: $(VENV)/.ready
 	$(BIN)/cllm demo
 
-# a small model from scratch, its trajectories, and a consistency LLM of it: minutes on a CPU
+# a small model from scratch, its trajectories, and a consistency LLM of it, on a CPU
 train-tiny: $(VENV)/.ready
 	test -f runs/tiny/base/prompts.jsonl || $(BIN)/python recipes/tiny/make_base.py runs/tiny/base
 	$(BIN)/cllm collect --config recipes/tiny/recipe.yaml

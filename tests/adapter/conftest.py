@@ -1,17 +1,5 @@
-"""Adapter tests run on one thread: tiny models gain nothing from more, and a busy machine makes
-threads that wait for each other slow out of all proportion."""
+"""Tiny models run on one thread."""
 
-from __future__ import annotations
+from tests.one_thread import one_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]

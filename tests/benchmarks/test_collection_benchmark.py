@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 
-import pytest
-import torch
-
 from benchmarks.training import collection
 
 from ..decoding.tiny_models import tiny_model
 from ..decoding.tokenizer import letters_tokenizer
+from ..one_thread import one_thread
+
+__all__ = ["one_thread"]
 
 
-@pytest.fixture
-def _one_thread():
-    """A tiny model gains nothing from more, and on a busy machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_one_thread")
 def test_a_small_run(tmp_path):
     tiny_model("mistral").save_pretrained(tmp_path)
     letters_tokenizer().save_pretrained(tmp_path)

@@ -8,18 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import cllm_kernels
 from cllm_kernels.block_attention import OP
 from tests.kernels.backends import everywhere, running, slow_interpreter
+from tests.one_thread import one_thread
+
+__all__ = ["one_thread"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These sizes gain nothing from more threads, and wait for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(
