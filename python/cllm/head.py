@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cllm_kernels
 
-from .traits import UnsupportedModelError, unwrapped
+from .traits import UnsupportedModelError, cache_argument, unwrapped
 
 # Relative error (2-norm over the vocabulary) that rounding explains, by dtype: the hidden states
 # are the same, so no more than the head's own matmul, scale and cap can differ.
@@ -97,16 +97,17 @@ class LanguageHead:
         bias = getattr(_linear(self.model), "bias", None)
         return None if bias is None else _whole(bias)
 
-    def hidden_states(self, **inputs: Any) -> Tensor:
-        """The decoder's last hidden states, without a cache.
+    def hidden_states(self, cache: Any = None, **inputs: Any) -> Tensor:
+        """The decoder's last hidden states.
 
         Args:
+            cache: KV cache that is read and goes on growing; None: without one.
             inputs: of the decoder's forward: input_ids [B, S], attention_mask, position_ids, ...
 
         Returns:
             [B, S, H].
         """
-        return _hidden_states(self.decoder, inputs)
+        return _hidden_states(self.decoder, inputs, cache)
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """`hidden`, of any shape, times the scale of the logits: what stands before `weight`."""
@@ -226,8 +227,11 @@ def _decoder(model: Any, name: str) -> Any:
     return found
 
 
-def _hidden_states(decoder: Any, inputs: dict[str, Any]) -> Tensor:
-    output = decoder(**inputs, use_cache=False, return_dict=True)
+def _hidden_states(decoder: Any, inputs: dict[str, Any], cache: Any = None) -> Tensor:
+    if cache is not None:
+        name = cache_argument(inspect.signature(unwrapped(decoder).forward).parameters)
+        inputs = {**inputs, name or "past_key_values": cache}
+    output = decoder(**inputs, use_cache=cache is not None, return_dict=True)
     return output.last_hidden_state
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import cllm
 from cllm import ConsistencyConfig, UnsupportedModelError
+from cllm.training.forwards import clean_columns
 from cllm.training.masks import PackedTokens, attention_masks
-from cllm.training.packing import ConsistencyCollator, pack_sample
+from cllm.training.packing import TOKEN_FIELDS, ConsistencyCollator, pack_sample
 from cllm.training.sampling import SampledDataset
 from tests.decoding.tiny_models import fresh_model, prompts
 from tests.training.definition import every_state, first_states, random_example
@@ -57,12 +58,15 @@ def assert_same_gradients(found, expected):
 # ---- the definition ----
 
 
+@pytest.mark.parametrize("two_parts", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_the_definitions(family, exact_softmax):
+def test_loss_and_gradients_are_the_definitions(family, two_parts, exact_softmax):
     wrapped = adapted(exact_model(family), family)
     expected, rows = defined_gated_loss(wrapped, SAMPLES, CONFIG)
     expected_gradients = gradients(wrapped, expected)
-    cllm.patch_training(wrapped, CONFIG)
+    gate = cllm.patch_training(wrapped, CONFIG)._gate
+    assert gate.two_parts
+    gate.two_parts = two_parts
     output = wrapped(**BATCH)
     torch.testing.assert_close(output.loss, expected, rtol=1e-11, atol=1e-12)
     assert int(output.tokens) == rows > 20
@@ -162,17 +166,25 @@ def clean_hidden(model, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.3, 1e4])
-def test_clean_rows_are_the_base_models_to_the_bit(dtype, scale):
+@pytest.mark.parametrize("two_parts", [True, False])
+def test_clean_rows_are_the_base_models_to_the_bit(dtype, scale, two_parts):
     base = fresh_model().to(dtype)
     wrapped = adapted(fresh_model().to(dtype), scale=scale)
-    cllm.patch_training(wrapped, CONFIG)
+    gate = cllm.patch_training(wrapped, CONFIG)._gate
+    assert gate.two_parts
+    gate.two_parts = two_parts
     model, seen = wrapped.get_base_model(), []
     hook = model.model.register_forward_hook(lambda m, a, out: seen.append(out.last_hidden_state))
     with torch.no_grad():
         wrapped(**BATCH)
         clean, noisy = clean_hidden(base, BATCH)
+        if two_parts:  # the clean columns go alone
+            fields = TOKEN_FIELDS
+            first = clean_columns(BATCH)
+            clean, _ = clean_hidden(base, {name: BATCH[name][:, :first] for name in fields})
     hook.remove()
-    found = seen[-1]
+    assert len(seen) == 1 + two_parts
+    found = torch.cat(seen, dim=1)
     assert torch.equal(found[(BATCH["segment_ids"] == 0) & (BATCH["sample_ids"] >= 0)], clean)
     assert not torch.equal(found[BATCH["segment_ids"] > 0], noisy)
 

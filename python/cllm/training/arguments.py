@@ -58,6 +58,8 @@ class ConsistencyTrainingArguments(TrainingArguments):
     ema_decay: float = field(default=0.999, metadata={"help": "of the ema teacher, per step"})
     sampling: str = field(default="per_block", metadata={"help": "which noisy states"})
     states: int = field(default=1, metadata={"help": "noisy states a response or a block"})
+    window_size: int | None = field(default=None, metadata={"help": "tokens of a visited window"})
+    row_decay: float = field(default=1.0, metadata={"help": "weight of a window's later rows"})
     schedule_window: int = field(default=4, metadata={"help": "blocks from low to high noise"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})
     recompute: bool = field(default=False, metadata={"help": "compute logits twice, save memory"})
@@ -133,6 +135,13 @@ class ConsistencyTrainingArguments(TrainingArguments):
             problems.append(f"augment must lie in [0, 1), not {self.augment!r}")
         if self.augment and self.consistency == "local":
             problems.append("augment needs consistency='global': its states have no next one")
+        if self.sampling == "visited" and self.dataloader_num_workers:
+            problems.append(
+                "sampling='visited' keeps its windows in this process; dataloader_num_workers must "
+                "be 0"
+            )
+        if self.sampling == "visited" and self.augment:
+            problems.append("augment adds states, which sampling='visited' does not use")
         if self.merge_lora and self.gated:
             problems.append(
                 "a gated adapter is never merged: merged weights would decide the text, too; leave "

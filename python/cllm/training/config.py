@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Consistency = Literal["global", "local"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 Teacher = Literal["self", "base", "ema"]
-Sampling = Literal["uniform", "per_block", "schedule", "sliding"]
+Sampling = Literal["uniform", "per_block", "schedule", "sliding", "visited"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,16 @@ class ConsistencyConfig:
             ``"schedule"``: `states` of every block, the share of wrong tokens rising linearly over
             windows of `schedule_window` blocks (arXiv 2512.14681); ``"sliding"``: `states` of every
             block, each going on into a state of the next block until it is as long as a window
-            (`SampledExample.tails`): what decoding's sliding window holds.
-        states: states a response (``"uniform"``) or a block (the others).
+            (`SampledExample.tails`): what decoding's sliding window holds;
+            ``"visited"`` (gated only): `states` windows a response that walk along it as decoding
+            does, from one step that sees the response to the next, on the adapter's own guesses
+            (`VisitedWindows`); the states of the trajectories are not used.
+        states: states a response (``"uniform"``, ``"visited"``) or a block (the others).
+        window_size: tokens of a window, ``"visited"`` only: the block size to decode with later.
+            None: that of the trajectories.
+        row_decay: a window's counted rows weigh ``row_decay ** distance`` in the loss, by their
+            distance from the first: a guess is of use only where those before it are right. For
+            ``"visited"``.
         schedule_window: blocks over which the share of wrong tokens goes from low to high.
         chunk_tokens: rows whose logits exist at a time; None: chosen from the free memory.
         recompute: save memory by computing logits twice (`cllm_kernels.linear_consistency_loss`).
@@ -67,6 +75,8 @@ class ConsistencyConfig:
     ema_decay: float = 0.999
     sampling: Sampling = "per_block"
     states: int = 1
+    window_size: int | None = None
+    row_decay: float = 1.0
     schedule_window: int = 4
     chunk_tokens: int | None = None
     recompute: bool = False
@@ -88,18 +98,21 @@ class ConsistencyConfig:
             ("temperature", lambda x: x > 0, "be positive"),
             ("ar_weight", lambda x: x >= 0, "be 0 or more"),
             ("label_smoothing", lambda x: 0 <= x < 1, "lie in [0, 1)"),
+            ("row_decay", lambda x: 0 < x <= 1, "lie in (0, 1]"),
             ("ema_decay", lambda x: 0 <= x < 1, "lie in [0, 1)"),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and good(value)):
                 problems.append(f"{name} must {text}, not {value!r}")
-        for name in ("states", "schedule_window", "chunk_tokens"):
+        for name, least in (
+            ("states", 1), ("schedule_window", 1), ("chunk_tokens", 1), ("window_size", 2)
+        ):  # fmt: skip
             value = getattr(self, name)
-            if name == "chunk_tokens" and value is None:
+            if value is None and name in ("chunk_tokens", "window_size"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name} must be an integer >= 1, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                problems.append(f"{name} must be an integer >= {least}, not {value!r}")
         for name in ("recompute", "gated"):
             switch: Any = getattr(self, name)
             if not isinstance(switch, bool):
@@ -108,6 +121,13 @@ class ConsistencyConfig:
             problems.append(
                 "sampling='sliding' needs consistency='global': its states have no next one"
             )
+        if self.sampling == "visited" and self.gated is not True:
+            problems.append("sampling='visited' follows an adapter's guesses; it needs gated=True")
+        if self.sampling != "visited":
+            if self.window_size is not None:
+                problems.append("window_size is of sampling='visited'; leave it out")
+            if self.row_decay != 1.0:
+                problems.append("row_decay is of sampling='visited'; leave it out")
         if self.gated is True:
             if self.teacher == "ema":
                 problems.append(

@@ -31,13 +31,19 @@ class AdapterGate:
     Args:
         model: a transformers model with LoRA adapters of PEFT in it.
 
+    Attributes:
+        two_parts: whether the model gives the same when its clean columns go before the noisy ones
+            (`check_gated_forward` finds out).
+
     Raises:
         UnsupportedModelError: if the adapters cannot be gated, or more than adapters is trained.
     """
 
     def __init__(self, model: Any):
+        self.two_parts = False
         self._model = model
         self._shut: Tensor | None = None  # [B, S, 1] bool: columns that the adapter is kept out of
+        self._open = False  # it works in every column
         self._still: list[torch.nn.Module] = []
         self._ran: set[str] = set()
         self._layers = _lora_weights(model)
@@ -62,8 +68,7 @@ class AdapterGate:
             gated: [B, S] bool.
             forward: a forward over [B, S] tokens; returns hidden states [B, S, H].
         """
-        if _lora_weights(self._model).keys() != self._layers.keys():
-            raise ValueError("the adapters have changed since the patch; patch the model again")
+        self._check_layers()
         shut = ~gated[..., None]
         with self._entered(shut):
             hidden = forward()
@@ -71,6 +76,17 @@ class AdapterGate:
             # the first gradient that comes back here is before that of any layer
             hidden.register_hook(lambda gradient: self._recall(shut))
         return hidden
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The adapters work in every column of the forwards inside; the base has no dropout."""
+        self._check_layers()
+        self._enter(None)
+        self._open = True
+        try:
+            yield
+        finally:
+            self._leave()
 
     def check_layers_ran(self) -> None:
         """Refuse layers that did not run in the `hidden_states` so far: what they add would not
@@ -84,6 +100,9 @@ class AdapterGate:
 
     def output(self, name: str, output: Tensor) -> Tensor:
         """What the adapter `name` may add, of the output [..., features] of its last matrix."""
+        if self._open:
+            self._ran.add(name)
+            return output
         if self._shut is None:
             return torch.zeros_like(output)
         batch, columns = self._shut.shape[:-1]
@@ -96,6 +115,10 @@ class AdapterGate:
         self._ran.add(name)
         shut = self._shut if output.dim() == 3 else self._shut.flatten(0, 1)
         return output.masked_fill(shut.to(output.device), 0)
+
+    def _check_layers(self) -> None:
+        if _lora_weights(self._model).keys() != self._layers.keys():
+            raise ValueError("the adapters have changed since the patch; patch the model again")
 
     def _recall(self, shut: Tensor) -> None:
         self._enter(shut)
@@ -110,7 +133,7 @@ class AdapterGate:
         finally:
             self._leave()
 
-    def _enter(self, shut: Tensor) -> None:
+    def _enter(self, shut: Tensor | None) -> None:
         self._leave()
         self._shut = shut
         adapters = {
@@ -131,7 +154,7 @@ class AdapterGate:
             module.training = False
 
     def _leave(self) -> None:
-        self._shut = None
+        self._shut, self._open = None, False
         for module in self._still:
             module.training = True
         self._still = []

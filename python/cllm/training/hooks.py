@@ -11,10 +11,14 @@ if TYPE_CHECKING:
 
 
 class StepHooks(TrainerCallback):
-    """Moves the averaged teacher after each optimiser step, and evaluates after the last one."""
+    """Moves the averaged teacher after each optimiser step, evaluates after the last one, and
+    shares between processes what each has moved in an epoch."""
 
     def __init__(self, trainer: ConsistencyTrainer):
         self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.gather_windows()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.update_teacher()

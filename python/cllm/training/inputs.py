@@ -63,6 +63,8 @@ def collator(args: ConsistencyTrainingArguments, tokenizer: Any, model: Any) -> 
         samples_per_row=1 if args.row_tokens is None else None,
         max_columns=args.row_tokens,
         context=context_length(model),
+        # few shapes for a compiler or an allocator; on a CPU padding is only work
+        column_multiple=64 if torch.cuda.is_available() else 16,
     )
 
 

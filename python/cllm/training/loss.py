@@ -15,13 +15,19 @@ from cllm_kernels import linear_consistency_loss
 
 from ..head import LanguageHead
 from .config import ConsistencyConfig
+from .forwards import gated_hidden_states, packed_hidden_states
 from .gate import AdapterGate
-from .masks import PackedTokens, attention_masks
 from .packing import CLEAN_FIELDS, ROW_FIELDS, TOKEN_FIELDS
 from .teachers import Teacher
 
 # what a training loop may hand over beside the batch
-_IGNORED_FIELDS = ("nominal_tokens", "return_dict", "use_cache", "num_items_in_batch")
+_IGNORED_FIELDS = (
+    "nominal_tokens",
+    "row_numbers",
+    "return_dict",
+    "use_cache",
+    "num_items_in_batch",
+)
 
 
 @dataclass
@@ -32,12 +38,15 @@ class ConsistencyOutput(ModelOutput):
         loss: to call backward on. With `totals` in the batch it is this batch's part of the whole.
         consistency_loss, ar_loss: its two terms (the second before `ar_weight`), for logging.
         tokens: counted rows of the consistency loss, int64.
+        guesses: [B, R] int64: the model's argmax in the rows of `student_index`; for
+            ``sampling="visited"`` alone.
     """
 
     loss: Tensor | None = None
     consistency_loss: Tensor | None = None
     ar_loss: Tensor | None = None
     tokens: Tensor | None = None
+    guesses: Tensor | None = None
 
 
 def packed_loss(
@@ -67,9 +76,7 @@ def packed_loss(
     if gate is None:
         hidden = packed_hidden_states(head, kinds, batch)
     else:
-        hidden = gate.hidden_states(
-            batch["segment_ids"] > 0, lambda: packed_hidden_states(head, kinds, batch)
-        )
+        hidden = gated_hidden_states(head, kinds, batch, gate)
     # clean rows are the frozen base under a gate: there is nothing to train in them
     ar_weight = 0.0 if gate is not None else config.ar_weight
     student, taught, clean = (
@@ -127,29 +134,16 @@ def packed_loss(
             operand[:0], ar_operand, weight, **head_options, **ar, ar_weight=config.ar_weight
         )
         loss = taught_loss * row_share + ar_part * label_share
+    guesses = None
+    if config.sampling == "visited":
+        with torch.no_grad():
+            guesses = head.argmax(rows[: len(student)]).view(batch["student_index"].shape)
     return ConsistencyOutput(
         loss=loss,
         consistency_loss=consistency * row_share,
         ar_loss=ar_loss * label_share,
         tokens=(weights > 0).sum(),
-    )
-
-
-def packed_hidden_states(
-    head: LanguageHead,
-    kinds: dict[str, int | None],
-    batch: dict[str, Any],
-    columns: int | None = None,
-) -> Tensor:
-    """[B, S, H] of packed rows, or [B, columns, H] of their first columns."""
-    fields = {name: batch[name][:, :columns] for name in TOKEN_FIELDS}
-    tokens = PackedTokens(**{name: fields[name] for name in TOKEN_FIELDS if name != "input_ids"})
-    model = head.model
-    implementation = model.config.get_text_config()._attn_implementation
-    return head.hidden_states(
-        input_ids=fields["input_ids"],
-        position_ids=fields["position_ids"],
-        attention_mask=attention_masks(tokens, kinds, implementation, model.dtype),
+        guesses=guesses,
     )
 
 

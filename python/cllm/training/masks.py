@@ -59,20 +59,25 @@ class PackedTokens:
 
 
 def dense_mask(
-    tokens: PackedTokens, kind: str, size: int | None, dtype: torch.dtype | None = None
+    tokens: PackedTokens,
+    kind: str,
+    size: int | None,
+    dtype: torch.dtype | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The mask of one kind of layer.
 
     Args:
         kind, size: a layer type of `traits.mask_kinds` and its window or chunk.
         dtype: None for a boolean mask (True: attend), else an additive one of this dtype.
+        first: the queries are the columns from here on.
 
     Returns:
-        [B, 1, S, S]. Padding attends to itself, so that no softmax is over nothing.
+        [B, 1, S - first, S]. Padding attends to itself, so that no softmax is over nothing.
     """
-    allowed = tokens.allowed(lambda x: x[:, :, None], lambda x: x[:, None, :], kind, size)
-    columns = allowed.shape[-1]
-    allowed |= torch.eye(columns, dtype=torch.bool, device=allowed.device)
+    allowed = tokens.allowed(lambda x: x[:, first:, None], lambda x: x[:, None, :], kind, size)
+    columns = torch.arange(allowed.shape[-1], device=allowed.device)
+    allowed |= columns[first:, None] == columns
     allowed = allowed[:, None]
     if dtype is None:
         return allowed
@@ -80,7 +85,7 @@ def dense_mask(
     return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def flex_mask(tokens: PackedTokens, kind: str, size: int | None) -> Any:
+def flex_mask(tokens: PackedTokens, kind: str, size: int | None, first: int = 0) -> Any:
     """The same as a FlexAttention `BlockMask`, which lists the blocks of 128 x 128 that hold
     anything, so that attention skips the rest.
 
@@ -89,12 +94,13 @@ def flex_mask(tokens: PackedTokens, kind: str, size: int | None) -> Any:
     """
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = tokens.allowed(lambda x: x[batch, query], lambda x: x[batch, key], kind, size)
-        return seen | (query == key)
+        column = query + first
+        seen = tokens.allowed(lambda x: x[batch, column], lambda x: x[batch, key], kind, size)
+        return seen | (column == key)
 
     rows, columns = tokens.sample_ids.shape
     return _block_mask_maker(tokens.sample_ids.is_cuda)(
-        allowed, rows, None, columns, columns, device=tokens.sample_ids.device
+        allowed, rows, None, columns - first, columns, device=tokens.sample_ids.device
     )
 
 
@@ -107,7 +113,11 @@ def _block_mask_maker(compiled: bool) -> Callable[..., Any]:
 
 
 def attention_masks(
-    tokens: PackedTokens, kinds: dict[str, int | None], implementation: str, dtype: torch.dtype
+    tokens: PackedTokens,
+    kinds: dict[str, int | None],
+    implementation: str,
+    dtype: torch.dtype,
+    first: int = 0,
 ) -> Any:
     """What a decoder takes as `attention_mask` for a packed batch.
 
@@ -115,6 +125,7 @@ def attention_masks(
         kinds: of `traits.mask_kinds`.
         implementation: the model's attn_implementation.
         dtype: of the model, for eager attention's additive masks.
+        first: the queries are the columns from here on; keys are all columns.
 
     Returns:
         A mask, or one for each layer type where the model has several.
@@ -124,10 +135,12 @@ def attention_masks(
     """
     check_attention(implementation)
     if implementation == FLEX:
-        masks = {kind: flex_mask(tokens, kind, size) for kind, size in kinds.items()}
+        masks = {kind: flex_mask(tokens, kind, size, first) for kind, size in kinds.items()}
     else:
         additive = dtype if implementation == "eager" else None
-        masks = {kind: dense_mask(tokens, kind, size, additive) for kind, size in kinds.items()}
+        masks = {
+            kind: dense_mask(tokens, kind, size, additive, first) for kind, size in kinds.items()
+        }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -17,7 +17,12 @@ the last right token too, since decoding gives a window's first, committed token
 well. It attends to the clean tokens before itself, and its row is not counted.
 
 A state that is a window of sliding decoding (`SampledExample.tails`) keeps its last token, and goes
-on with a state of the next block until it has n tokens, the last right one counted.
+on with a state of the next block until it has n tokens, the last right one counted. A window that
+decoding visits (`SampledExample.windows`) is a segment as it stands, right guesses included, and the
+rows count whose predictions are the next window's guesses.
+
+In gated batches the noisy columns of all rows begin at the same column, so that clean and noisy ones
+can go through the model one after the other.
 
 Every token of the response is a label once. The last one is never an input, so it has no column.
 """
@@ -40,7 +45,7 @@ IGNORED = -100
 TOKEN_FIELDS = ("input_ids", "position_ids", "sample_ids", "segment_ids", "visible")
 ROW_FIELDS = ("student_index", "teacher_index", "row_weights", "teacher_labels")
 CLEAN_FIELDS = ("clean_index", "clean_labels")
-_FIELDS = (*TOKEN_FIELDS, *ROW_FIELDS, *CLEAN_FIELDS, "nominal_tokens")
+_FIELDS = (*TOKEN_FIELDS, *ROW_FIELDS, *CLEAN_FIELDS, "row_numbers", "nominal_tokens")
 
 
 @dataclass
@@ -52,6 +57,8 @@ class PackedSample:
         segments: (visible, tokens) of each noisy segment, `visible` also its first position.
         rows: (student, teacher, label) per counted row. A place is (segment, position), segment 0
             being the clean text; the label is IGNORED where the teacher is noisy or seen before.
+        weights: of each counted row.
+        number: of the data set's row (`SampledExample.number`).
         labels: (position, token) of the clean rows that are nobody's teacher.
         nominal: tokens of the sampled states as the paper counts them, n a state.
     """
@@ -59,6 +66,8 @@ class PackedSample:
     clean: list[int]
     segments: list[tuple[int, list[int]]] = field(default_factory=list)
     rows: list[tuple[tuple[int, int], tuple[int, int], int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    number: int = -1
     labels: list[tuple[int, int]] = field(default_factory=list)
     nominal: int = 0
 
@@ -72,12 +81,15 @@ class PackedSample:
         return len(self.clean) + self.noisy
 
 
-def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False) -> PackedSample:
+def pack_sample(
+    sample: SampledExample, local: bool = False, gated: bool = False, row_decay: float = 1.0
+) -> PackedSample:
     """Lay out one response and its sampled states.
 
     Args:
         local: teach with the next state (CLLM, arXiv 2403.00835, eq. 7), not the fixed point.
         gated: start every segment with the last right token.
+        row_decay: of `ConsistencyConfig`.
 
     Raises:
         ValueError: an example whose parts do not fit each other.
@@ -85,7 +97,7 @@ def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False
     example = sample.example
     check_example(sample)
     prompt, text = len(example.prompt), [*example.prompt, *example.response]
-    packed = PackedSample(clean=text[:-1])
+    packed = PackedSample(clean=text[:-1], number=sample.number)
     numbers: dict[tuple[int, int], int] = {}
 
     def segment_of(entry: int, state: int) -> tuple[int, int, int]:
@@ -101,19 +113,31 @@ def pack_sample(sample: SampledExample, local: bool = False, gated: bool = False
         return numbers.get((entry, state), 0), wrong, len(guesses)
 
     taught: set[int] = set()
+
+    def add_row(segment: int, position: int, teacher: int, weight: float = 1.0) -> None:
+        label = IGNORED
+        if teacher == 0 and position not in taught:
+            taught.add(position)
+            label = text[position + 1]
+        packed.rows.append(((segment, position), (teacher, position), label))
+        packed.weights.append(weight)
+
+    for window in sample.windows:
+        rows = window.rows(text)
+        if rows:
+            packed.segments.append((window.start, window.inputs(text)))
+            packed.nominal += 1 + len(window.guesses)
+        for distance, row in enumerate(rows):
+            add_row(len(packed.segments), window.start + row, 0, row_decay**distance)
     for entry, state in sample.picks:
         start, length = prompt + example.block_start(entry), len(example.blocks[entry].fixed_point)
         packed.nominal += length
         segment, wrong, count = segment_of(entry, state)
         next_segment, next_wrong, _ = segment_of(entry, state + 1) if local else (0, len(text), 0)
         for position in range(start + wrong, start + wrong + count):
-            clean_teacher = position < start + next_wrong
-            label = IGNORED
-            if clean_teacher and position not in taught:
-                taught.add(position)
-                label = text[position + 1]
-            teacher = (0 if clean_teacher else next_segment, position)
-            packed.rows.append(((segment, position), teacher, label))
+            add_row(segment, position, 0 if position < start + next_wrong else next_segment)
+    if sample.windows:  # of an adapter alone: no text is trained
+        return packed
     packed.labels = [
         (position, text[position + 1])
         for position in range(prompt - 1, len(text) - 1)
@@ -248,7 +272,8 @@ class ConsistencyCollator:
         segment_ids [B, S] int64: 0 clean, from 1 on the noisy segments of a row
         visible [B, S] int64: clean tokens of its sample that a token may attend to
         student_index, teacher_index [B, R] int64: columns of each counted row and its teacher
-        row_weights [B, R] float32: 1, or 0 where padding
+        row_weights [B, R] float32: 1 (`row_decay` gives less), or 0 where padding
+        row_numbers [B, R] int64: the data set's number of the response, or -1
         teacher_labels [B, R] int64: the teacher row's next token where that row must count for the
             autoregressive loss, else -100
         clean_index, clean_labels [B, Q] int64: the other rows of the autoregressive loss
@@ -256,7 +281,7 @@ class ConsistencyCollator:
             block of each (for statistics only)
 
     Args:
-        config: `consistency` and `gated` of it are used.
+        config: `consistency`, `gated` and `row_decay` of it are used.
         pad_token_id: stands in padded columns; any token will do.
         samples_per_row: most samples of one row; None: as many as `max_columns` holds.
         max_columns: most columns of a row; None: no limit. Samples are put, longest first, into the
@@ -295,6 +320,7 @@ class ConsistencyCollator:
             )
         self.local = config.consistency == "local"
         self.gated = config.gated
+        self.row_decay = config.row_decay
         self.pad_token_id = pad_token_id
         self.samples_per_row = samples_per_row
         self.max_columns = max_columns
@@ -309,8 +335,13 @@ class ConsistencyCollator:
             ValueError: no samples, one that is longer than the model's context or than a row, or
                 one whose parts do not fit each other.
         """
-        rows = [_row(row) for row in self.assigned(samples)]
+        assigned = self.assigned(samples)
         columns, rows_of = self.column_multiple, self.row_multiple
+        clean = 0
+        if self.gated:
+            longest = max(sum(len(sample.clean) for sample in row) for row in assigned)
+            clean = -(-longest // columns) * columns
+        rows = [_row(row, clean, self.pad_token_id) for row in assigned]
         return {
             name: _padded([row[name] for row in rows], fill, dtype, multiple)
             for name, fill, dtype, multiple in (
@@ -323,6 +354,7 @@ class ConsistencyCollator:
                 ("teacher_index", 0, torch.int64, rows_of),
                 ("row_weights", 0.0, torch.float32, rows_of),
                 ("teacher_labels", IGNORED, torch.int64, rows_of),
+                ("row_numbers", -1, torch.int64, rows_of),
                 ("clean_index", 0, torch.int64, rows_of),
                 ("clean_labels", IGNORED, torch.int64, rows_of),
             )
@@ -346,7 +378,7 @@ class ConsistencyCollator:
         return rows
 
     def _packed(self, sample: SampledExample) -> PackedSample:
-        packed = pack_sample(sample, self.local, self.gated)
+        packed = pack_sample(sample, self.local, self.gated, self.row_decay)
         example = sample.example
         length = len(example.prompt) + len(example.response)
         if self.context is not None and length > self.context:
@@ -363,8 +395,8 @@ class ConsistencyCollator:
         return packed
 
 
-def _row(samples: list[PackedSample]) -> dict[str, list[Any]]:
-    """The columns and rows of one row of the batch, not padded yet."""
+def _row(samples: list[PackedSample], clean: int, pad: int) -> dict[str, list[Any]]:
+    """The columns and rows of one row of the batch, its first `clean` columns padded with `pad`."""
     row: dict[str, list[Any]] = {name: [] for name in _FIELDS}
     places: list[dict[int, int]] = []  # of each sample: segment -> column of its position 0
 
@@ -380,6 +412,8 @@ def _row(samples: list[PackedSample]) -> dict[str, list[Any]]:
     for number, sample in enumerate(samples):
         length = len(sample.clean)
         places.append({0: add(number, 0, 0, sample.clean, range(1, length + 1))})
+    padding = max(0, clean - len(row["input_ids"]))
+    add(-1, 0, 0, [pad] * padding, [0] * padding)
     segment = 0
     for number, sample in enumerate(samples):
         for own, (first, tokens) in enumerate(sample.segments, start=1):
@@ -387,11 +421,12 @@ def _row(samples: list[PackedSample]) -> dict[str, list[Any]]:
             visible = [first] * len(tokens)
             places[number][own] = add(number, segment, first, tokens, visible)
     for place, sample in zip(places, samples, strict=True):
-        for student, teacher, label in sample.rows:
+        for (student, teacher, label), weight in zip(sample.rows, sample.weights, strict=True):
             row["student_index"].append(place[student[0]] + student[1])
             row["teacher_index"].append(place[teacher[0]] + teacher[1])
-            row["row_weights"].append(1.0)
+            row["row_weights"].append(weight)
             row["teacher_labels"].append(label)
+            row["row_numbers"].append(sample.number)
         for position, label in sample.labels:
             row["clean_index"].append(place[0] + position)
             row["clean_labels"].append(label)

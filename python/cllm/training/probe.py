@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..head import LanguageHead, evaluating
 from ..traits import UnsupportedModelError
 from .config import ConsistencyConfig
 from .examples import BlockStates, TrainingExample
 from .gate import AdapterGate
-from .loss import packed_hidden_states
+from .forwards import clean_columns, packed_hidden_states, two_part_hidden_states
 from .packing import ConsistencyCollator
 from .sampling import SampledExample
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -25,8 +28,7 @@ def check_packed_forward(head: LanguageHead, kinds: dict[str, int | None]) -> No
         UnsupportedModelError: if they differ by more than rounding: every loss would be wrong.
     """
     model = head.model
-    # far above rounding, far below what a wrong mask or position does
-    bound = 1e-2 if model.dtype in (torch.float32, torch.float64) else 0.1
+    bound = _bound(model)
     batch = _batch(model, ConsistencyConfig())
     name = type(model).__name__
     # a compiled model is not to be compiled for these shapes
@@ -49,7 +51,8 @@ def check_packed_forward(head: LanguageHead, kinds: dict[str, int | None]) -> No
 def check_gated_forward(
     head: LanguageHead, kinds: dict[str, int | None], gate: AdapterGate
 ) -> None:
-    """Compare the clean columns of a gated row to those of the base model.
+    """Compare the clean columns of a gated row to those of the base model, and find out whether
+    clean and noisy columns may go one after the other.
 
     Raises:
         UnsupportedModelError: if they are not the same to the bit, or an adapter does not go
@@ -67,6 +70,35 @@ def check_gated_forward(
             f"in {type(model).__name__} the adapters reach tokens that the gate keeps them out of, "
             "so clean text would not be the base model's"
         )
+    gate.two_parts = _same_in_two_parts(head, kinds, gate, batch, gated)
+
+
+def _same_in_two_parts(
+    head: LanguageHead,
+    kinds: dict[str, int | None],
+    gate: AdapterGate,
+    batch: dict[str, Tensor],
+    gated: Tensor,
+) -> bool:
+    """Whether a KV cache of the clean columns gives what one forward gives, [B, S, H]."""
+    model = head.model
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        try:
+            parts = two_part_hidden_states(head, kinds, batch, gate, clean_columns(batch))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            logger.info(
+                f"{type(model).__name__} trains in one part, which is slower: its forward takes no "
+                f"cache of the clean columns ({type(error).__name__}: {error})"
+            )
+            return False
+    there = batch["sample_ids"] >= 0
+    error = (parts - gated)[there].float().norm(dim=-1) / gated[there].float().norm(dim=-1)
+    return float(error.nan_to_num(nan=float("inf")).max()) < _bound(model)
+
+
+def _bound(model: Any) -> float:
+    # far above rounding, far below what a wrong mask or position does
+    return 1e-2 if model.dtype in (torch.float32, torch.float64) else 0.1
 
 
 def _batch(model: Any, config: ConsistencyConfig) -> dict[str, Tensor]:

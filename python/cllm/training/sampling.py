@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .config import ConsistencyConfig
 from .examples import BlockStates, TrainingExample
+from .visited import VisitedWindows, Window
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,15 @@ class SampledExample:
         tails: for picks that are windows of sliding decoding, n tokens from the last right one on:
             the number of the state of the next entry that the window goes on with, or None if it
             ends with its block. Picks that are not in it end before their block's last token.
+        windows: for ``"visited"`` sampling, in place of `picks`.
+        number: what the data set calls the row; see `NumberedExamples`.
     """
 
     example: TrainingExample
     picks: list[tuple[int, int]]
     tails: dict[tuple[int, int], int | None] = field(default_factory=dict)
+    windows: list[Window] = field(default_factory=list)
+    number: int = -1
 
 
 class StateSampler:
@@ -54,6 +60,8 @@ class StateSampler:
         """
         # a string seed is hashed by SHA-512: the same in every process, whatever PYTHONHASHSEED
         rng = random.Random(f"{self.seed},{epoch},{index}")
+        if self.config.sampling == "visited":
+            return []  # its windows are no states of the trajectory
         if self.config.sampling == "sliding":
             usable = [usable_windows(example, entry) for entry in range(len(example.blocks))]
         else:
@@ -151,6 +159,9 @@ class SampledDataset(Dataset):
         examples: a sequence, or map-style data set, of `TrainingExample`.
         config, seed: of `StateSampler`.
         end_tokens: end-of-text tokens; nothing behind the first one in a response counts.
+
+    Attributes:
+        windows: for ``"visited"`` sampling, where all windows are; else None.
     """
 
     def __init__(
@@ -163,6 +174,10 @@ class SampledDataset(Dataset):
         self.examples = examples
         self.sampler = StateSampler(config, seed)
         self.end_tokens = tuple(end_tokens)
+        self.windows: VisitedWindows | None = None
+        if config.sampling == "visited" and len(examples):
+            size = config.window_size or examples[0].block_size
+            self.windows = VisitedWindows(len(examples), config.states, size, seed)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -183,4 +198,21 @@ class SampledDataset(Dataset):
         """Row `index` with the states of `epoch`."""
         example = ended(self.examples[index], self.end_tokens)
         picks = self.sampler(example, epoch, index)
-        return SampledExample(example, picks, self.sampler.tails(example, picks, epoch, index))
+        tails = self.sampler.tails(example, picks, epoch, index)
+        windows = [] if self.windows is None else self.windows.draw(example, epoch, index)
+        return SampledExample(example, picks, tails, windows, epoch * len(self) + index)
+
+    def advance(self, numbers: Tensor, predictions: Tensor) -> None:
+        """Take the ``"visited"`` windows of a batch one iteration of decoding on.
+
+        Args:
+            numbers: [B, R] int64, of the batch (`ConsistencyCollator`): whose row each is, -1 none.
+            predictions: [B, R] int64: what the adapter guesses in these rows.
+        """
+        if self.windows is None:
+            raise ValueError("only sampling='visited' has windows to advance")
+        numbers, predictions = numbers.flatten().cpu(), predictions.flatten().cpu()
+        for number in numbers[numbers >= 0].unique().tolist():
+            epoch, index = divmod(number, len(self))
+            example = ended(self.examples[index], self.end_tokens)
+            self.windows.advance(example, epoch, index, predictions[numbers == number].tolist())

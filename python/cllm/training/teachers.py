@@ -100,7 +100,7 @@ class AdapterOffTeacher:
 
     def ready(self, head: LanguageHead) -> AbstractContextManager[LanguageHead]:
         """A context that gives the model's head, with the adapter off and no dropout."""
-        return _adapter_off(head)
+        return adapter_off(head)
 
 
 Teacher = FrozenTeacher | AdapterOffTeacher
@@ -121,7 +121,8 @@ def trains_adapter_only(model: Any) -> bool:
 
 
 @contextmanager
-def _adapter_off(head: LanguageHead) -> Iterator[LanguageHead]:
+def adapter_off(head: LanguageHead) -> Iterator[LanguageHead]:
+    """The model without its adapters and without dropout, for a while."""
     # not PEFT's enable_adapters, which also sets requires_grad
     layers = [m for m in head.model.modules() if getattr(m, "_disable_adapters", None) is False]
     with evaluating(head.model):

@@ -41,6 +41,7 @@ __all__ = ["ConsistencyTrainer", "NonFiniteLossError"]
 
 BEST = "best_checkpoint"
 _TEACHER_FILE = "teacher.pt"
+_WINDOWS_FILE = "windows.pt"
 
 
 class ConsistencyTrainer(Trainer):
@@ -100,11 +101,12 @@ class ConsistencyTrainer(Trainer):
         if args.gated and not is_peft(model):
             raise ValueError("gated=True trains LoRA adapters; set lora_r, or hand in a PEFT model")
         dataset = trajectories(train_dataset, processing_class)
+        self.examples = training_examples(dataset, args, end_tokens(model))
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=training_examples(dataset, args, end_tokens(model)),
+            train_dataset=self.examples,
             # transformers asks for one before it evaluates; `evaluate` reads `held_out`
             eval_dataset=list(eval_prompts) if eval_prompts else None,
             processing_class=processing_class,
@@ -188,6 +190,8 @@ class ConsistencyTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch: its share of the loss of the whole step."""
         outputs = model(**inputs)
+        if outputs.guesses is not None:
+            self.examples.advance(inputs["row_numbers"], outputs.guesses)
         # a process has its share of the sum, and gradients and logs are averaged over processes
         processes = self.accelerator.num_processes
         self.meter.add(
@@ -214,6 +218,10 @@ class ConsistencyTrainer(Trainer):
         """Adds the two losses, the noisy tokens so far and the speed to a training log."""
         if "loss" in logs:
             logs.update(self.meter.read(self.accelerator))
+            windows = self.examples.windows
+            visited = None if windows is None else windows.tokens_per_forward()
+            if visited is not None:
+                logs["visited_tokens_per_forward"] = visited
         super().log(logs, start_time)
 
     # -- the run --------------------------------------------------------------------------------
@@ -312,6 +320,11 @@ class ConsistencyTrainer(Trainer):
         if self._handle is not None and not self.accelerator.optimizer_step_was_skipped:
             self._handle.update_teacher()
 
+    def gather_windows(self) -> None:
+        """Let every process have the windows of visited states that the others moved."""
+        if self.examples.windows is not None:
+            self.examples.windows.gather(self.accelerator)
+
     # -- saving ---------------------------------------------------------------------------------
 
     @property
@@ -370,12 +383,15 @@ class ConsistencyTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / (
                 f"checkpoint-{self.state.global_step}"
             )
+            self.gather_windows()
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 state: dict[str, Any] = {"meter": self.meter.state(), "quality": self.watch.state()}
                 if self.held_out is not None:
                     state["base"] = self.held_out.state()
                 write_json(folder / STATE_FILE, state)
+                if self.examples.windows is not None:
+                    torch.save(self.examples.windows.state(), folder / _WINDOWS_FILE)
                 # the base model is the one that training was started from, again
                 if self.args.teacher == "ema" and self._handle is not None:
                     torch.save(self._handle.teacher_state_dict(), folder / _TEACHER_FILE)
@@ -387,6 +403,13 @@ class ConsistencyTrainer(Trainer):
         self.watch.restore(state["quality"])
         if self.held_out is not None:
             self.held_out.restore(state.get("base"))
+        if self.examples.windows is not None:
+            path = checkpoint / _WINDOWS_FILE
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{checkpoint} has no {_WINDOWS_FILE}: it was trained with another sampling"
+                )
+            self.examples.windows.restore(torch.load(path, map_location="cpu"))
         if self.args.teacher == "ema":
             path = checkpoint / _TEACHER_FILE
             if not path.is_file():
