@@ -35,7 +35,8 @@ from benchmarks.harness import provenance, spread, write_record
 from benchmarks.kernels.memory import RETURN_MEMORY, resident
 from benchmarks.kernels.show import size_text
 from benchmarks.training import responses, written_out
-from cllm.training.packing import ConsistencyCollator, pack_sample
+from cllm.training.packed_sample import pack_sample
+from cllm.training.packing import ConsistencyCollator
 from cllm.training.sampling import SampledExample
 
 CONFIG = cllm.ConsistencyConfig()  # the paper's: forward KL, ar_weight 10, one state a block

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.training import responses, step, written_out
 from benchmarks.training.plots import draw
-from cllm.training.packing import pack_sample
+from cllm.training.packed_sample import pack_sample
 
 TINY = ["--tiny", "--lengths", "12,24", "--block-size", "6", "--responses", "2", "--rounds", "3"]
 

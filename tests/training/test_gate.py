@@ -14,7 +14,8 @@ import cllm
 from cllm import ConsistencyConfig, UnsupportedModelError
 from cllm.training.forwards import clean_columns
 from cllm.training.masks import PackedTokens, attention_masks
-from cllm.training.packing import TOKEN_FIELDS, ConsistencyCollator, pack_sample
+from cllm.training.packed_sample import pack_sample
+from cllm.training.packing import TOKEN_FIELDS, ConsistencyCollator
 from cllm.training.sampling import SampledDataset
 from tests.decoding.tiny_models import fresh_model, prompts
 from tests.training.definition import every_state, first_states, random_example

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from cllm import ConsistencyConfig
 from cllm.training.examples import BlockStates, TrainingExample
+from cllm.training.packed_sample import forwarded_tokens, pack_sample
 from cllm.training.packing import (
     CLEAN_FIELDS,
     ROW_FIELDS,
     TOKEN_FIELDS,
     ConsistencyCollator,
     batch_statistics,
-    forwarded_tokens,
-    pack_sample,
 )
 from cllm.training.sampling import SampledExample, StateSampler
 from tests.training.definition import every_state, first_states, random_example
@@ -122,6 +121,7 @@ def test_a_small_row_written_out():
         "student_index": [6, 7, 8],
         "teacher_index": [3, 4, 4],
         "row_weights": [1.0, 1.0, 1.0],
+        "row_numbers": [-1, -1, -1],  # of no data set
         "teacher_labels": [23, 24, -100],
         "clean_index": [1, 2, 5],
         "clean_labels": [21, 22, 25],

@@ -14,7 +14,8 @@ from cllm import ConsistencyConfig
 from cllm.training.arguments import ConsistencyTrainingArguments
 from cllm.training.checkpoints import CheckpointError
 from cllm.training.examples import TrainingExample
-from cllm.training.packing import ConsistencyCollator, pack_sample
+from cllm.training.packed_sample import pack_sample
+from cllm.training.packing import ConsistencyCollator
 from cllm.training.sampling import SampledDataset, SampledExample
 from cllm.training.visited import VisitedWindows, Window
 from tests.decoding.tiny_models import fresh_model
@@ -270,7 +271,7 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
     sliding = {**settings, "sampling": "sliding", "window_size": None}
     other = make_trainer(**{**sliding, "output_dir": str(tmp_path / "sliding")})
     other.train()
-    with pytest.raises(CheckpointError, match="windows.pt: it was trained with another sampling"):
+    with pytest.raises(CheckpointError, match=r"windows\.pt: it was trained with another sampling"):
         make_trainer(**settings).train(
             resume_from_checkpoint=str(tmp_path / "sliding" / "checkpoint-8")
         )

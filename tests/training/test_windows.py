@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cllm import ConsistencyConfig
 from cllm.training.examples import BlockStates, TrainingExample
-from cllm.training.packing import ConsistencyCollator, pack_sample
+from cllm.training.packed_sample import pack_sample
+from cllm.training.packing import ConsistencyCollator
 from cllm.training.sampling import SampledDataset, SampledExample, usable_windows
 from tests.training.definition import random_example
 

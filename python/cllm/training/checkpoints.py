@@ -106,6 +106,21 @@ def checkpoint_to_resume(given: str | bool | None, output: str | os.PathLike[str
     return path
 
 
+def read_tensors(checkpoint: Path, name: str, what: str) -> dict[str, Any]:
+    """The tensors that a run with the same `what` (a setting, in words) wrote to file `name`.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    import torch
+
+    path = checkpoint / name
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint} has no {name}: it was trained with another {what}")
+    found: dict[str, Any] = torch.load(path, map_location="cpu")
+    return found
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `ConsistencyTrainer` keeps beside transformers' own files.
 

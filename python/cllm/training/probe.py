@@ -12,8 +12,8 @@ from ..head import LanguageHead, evaluating
 from ..traits import UnsupportedModelError
 from .config import ConsistencyConfig
 from .examples import BlockStates, TrainingExample
-from .gate import AdapterGate
 from .forwards import clean_columns, packed_hidden_states, two_part_hidden_states
+from .gate import AdapterGate
 from .packing import ConsistencyCollator
 from .sampling import SampledExample
 
@@ -92,8 +92,8 @@ def _same_in_two_parts(
             )
             return False
     there = batch["sample_ids"] >= 0
-    error = (parts - gated)[there].float().norm(dim=-1) / gated[there].float().norm(dim=-1)
-    return float(error.nan_to_num(nan=float("inf")).max()) < _bound(model)
+    apart = (parts - gated)[there].float().norm(dim=-1) / gated[there].float().norm(dim=-1)
+    return float(apart.nan_to_num(nan=float("inf")).max()) < _bound(model)
 
 
 def _bound(model: Any) -> float:

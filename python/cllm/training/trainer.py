@@ -18,9 +18,9 @@ from ..training_patch import TrainingHandle, patch_training
 from .arguments import ConsistencyTrainingArguments
 from .checkpoints import (
     STATE_FILE,
-    CheckpointError,
     checkpoint_to_resume,
     read_state,
+    read_tensors,
     recover_folder,
     replaced_folder,
     write_json,
@@ -404,17 +404,9 @@ class ConsistencyTrainer(Trainer):
         if self.held_out is not None:
             self.held_out.restore(state.get("base"))
         if self.examples.windows is not None:
-            path = checkpoint / _WINDOWS_FILE
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{checkpoint} has no {_WINDOWS_FILE}: it was trained with another sampling"
-                )
-            self.examples.windows.restore(torch.load(path, map_location="cpu"))
+            windows = read_tensors(checkpoint, _WINDOWS_FILE, "sampling")
+            self.examples.windows.restore(windows)
         if self.args.teacher == "ema":
-            path = checkpoint / _TEACHER_FILE
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{checkpoint} has no {_TEACHER_FILE}: it was trained with another teacher"
-                )
             assert self._handle is not None
-            self._handle.load_teacher_state_dict(torch.load(path, map_location="cpu"))
+            average = read_tensors(checkpoint, _TEACHER_FILE, "teacher")
+            self._handle.load_teacher_state_dict(average)
