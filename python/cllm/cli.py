@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import collect, demo, generate, info, report, train
+from .commands import adapter, collect, demo, generate, info, report, train
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("collect")(collect.collect)
 app.command("train")(train.train)
 app.command("info")(info.info)
 app.command("report")(report.report)
+app.add_typer(adapter.app, name="adapter")
 
 
 def _print_version(value: bool) -> None:
