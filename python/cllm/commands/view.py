@@ -282,19 +282,20 @@ def results_table(results: list[PromptResult], adapter: bool = False) -> Table:
     no = Text("no", style="bold red")
     forwards = "itera-\ntions"
     if adapter:
-        forwards = "forwards: one-token\n/ plain Jacobi\n/ with adapter"
-        if totals.plain_forwards is None:
-            forwards = "forwards: one-token\n/ with adapter"
+        plain = "\nplain Jacobi /" if totals.plain_forwards is not None else ""
+        forwards = f"forwards:\none-token /{plain}\nwith adapter"
+    jacobi = "adapter" if adapter else "Jacobi"
+    # one-token decoding has as many forwards as tokens, which leaves the column of three its room
+    tokens = [] if adapter else [("tokens", str(totals.tokens("jacobi")))]
     columns: list[tuple[str, str]] = [
         ("prompt", "total"),
-        ("tokens", str(totals.tokens("jacobi"))),
+        *tokens,
         ("one-token\ntokens/s", f"{totals.tokens_per_second('autoregressive'):.1f}"),
-        (f"{'adapter' if adapter else 'Jacobi'}\ntokens/s",
-         f"{totals.tokens_per_second('jacobi'):.1f}"),
+        (f"{jacobi}\ntokens/s", f"{totals.tokens_per_second('jacobi'):.1f}"),
         (forwards, _forwards(results, adapter)),
         ("tokens/\nforward", f"{totals.tokens_per_forward:.2f}"),
         ("speedup", f"{totals.speedup:.2f}x"),
-    ]  # fmt: skip
+    ]
     for index, (header, footer) in enumerate(columns):
         table.add_column(header, footer, justify="left" if index == 0 else "right")
     table.add_column("identical" if not adapter else "same\ntext", yes if totals.identical else no,
@@ -302,7 +303,7 @@ def results_table(results: list[PromptResult], adapter: bool = False) -> Table:
     for result in results:
         table.add_row(
             Text(result.prompt.id, overflow="ellipsis", no_wrap=True),
-            str(len(result.jacobi.ids)),
+            *([] if adapter else [str(len(result.jacobi.ids))]),
             f"{result.autoregressive.tokens_per_second:.1f}",
             f"{result.jacobi.tokens_per_second:.1f}",
             _forwards([result], adapter),
