@@ -121,7 +121,7 @@ def test_card_makes_no_number_up():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"limit": 1000}, r"takes 0\.0 MiB in bfloat16, more than 0\.000\d* MiB; train one"),
+        ({"limit": 1000}, r"takes 0\.0\d+ MiB in bfloat16, more than 0\.000954 MiB; train one"),
         ({"verify_size": 17}, "verify_size 17, which is above block_size 16"),
         ({"results": {"x": {"prompts": 3}}}, "the results of x lack 'identical'"),
         ({"results": {"x": RESULTS["gsm8k"] | {"identical": 101}}}, "the results of x must be"),

@@ -112,8 +112,8 @@ def export_adapter(
         size = (part / WEIGHTS).stat().st_size
         if size > limit:
             raise AdapterError(
-                f"the adapter takes {size / 2**20:.1f} MiB in {str(dtype).removeprefix('torch.')}, "
-                f"more than {limit / 2**20:g} MiB; train one of a smaller rank"
+                f"the adapter takes {size / 2**20:.3g} MiB in {str(dtype).removeprefix('torch.')}, "
+                f"more than {limit / 2**20:.3g} MiB; train one of a smaller rank"
             )
         write_atomically(part / CARD, card.encode("utf-8"))
         part.chmod(0o755)
