@@ -70,14 +70,14 @@ def test_the_shipped_adapter_is_the_default(demo, shipped):
     assert result.code == 0 and report["identical"] is True
     about = report["adapter"]
     assert (about["name"], about["shipped"], about["ranks"]) == ("tiny-guesser", True, [3])
-    assert about["tasks"] == ["gsm8k"] and "the text is the base model's own" in about["role"]
+    assert about["tasks"] == ["gsm8k"] and "the text is the base model's" in about["role"]
     assert about["mebibytes"] == pytest.approx(2 * about["parameters"] / 2**20)
     assert (report["block_size"], report["verify_size"]) == (6, 4)
     plain = json.loads(demo("--json", "--no-adapter").out)
     assert plain["adapter"] is None and plain["block_size"] == 8
     texts = [[row["text"] for row in one["prompts"]] for one in (report, plain)]
     assert texts[0] == texts[1]
-    assert "guesses by the adapter tiny-guesser (rank 3, 0.0 MiB)" in result.err
+    assert "guesses: adapter tiny-guesser (rank 3, 0.0 MiB)" in result.err
 
 
 def test_given_sizes_and_adapter_win(demo, shipped, other):
@@ -96,7 +96,7 @@ def test_report_has_both_trajectories_of_a_prompt(demo, shipped, tmp_path):
     result = demo("--report", folder)
     assert result.code == 0, result.err
     recorded = cllm.trajectory.load(folder / "trajectories.jsonl")
-    assert [one.title for one in recorded] == ["base model", "with adapter tiny-guesser"] * 2
+    assert [one.title for one in recorded] == ["base model alone", "with adapter tiny-guesser"] * 2
     assert all(a.tokens == b.tokens for a, b in grouped(recorded))
     assert [one.block_size for one in recorded] == [6] * 4
     pictures = sorted(path.name for path in folder.glob("*.png"))
@@ -106,7 +106,7 @@ def test_report_has_both_trajectories_of_a_prompt(demo, shipped, tmp_path):
     assert "one-token /" in result.out and "plain Jacobi /" in result.out
     for counts in (*zip(first, plain, gated, strict=True), map(sum, (first, plain, gated))):
         assert " / ".join(map(str, counts)) in result.out
-    assert "guesses by the adapter tiny-guesser (rank 3, 0.0 MiB); the text is" in result.out
+    assert "guesses: adapter tiny-guesser (rank 3, 0.0 MiB); text: the base model's" in result.out
 
 
 def test_json_with_a_report_counts_all_three(demo, shipped, tmp_path):
@@ -126,7 +126,7 @@ def test_cllm_report_draws_them_again(demo, run, shipped, tmp_path):
     records = tmp_path / "drawn" / "trajectories.jsonl"
     result = run("report", records, "--terminal", "--number", 2, "--png", tmp_path / "two.png")
     assert result.code == 0
-    assert result.out.index("base model") < result.out.index("with adapter tiny-guesser")
+    assert result.out.index("base model alone") < result.out.index("with adapter tiny-guesser")
     assert (tmp_path / "two.png").read_bytes() == (
         tmp_path / "drawn" / "trajectory-002.png"
     ).read_bytes()
@@ -225,6 +225,6 @@ def test_live_view_says_who_guesses(model, width):
     plain = ["".join(segment.text for segment in row) for row in frame]
     assert all(len(row) <= width for row in plain)
     text = "\n".join(plain)
-    assert "guesses by the adapter tiny-guesser (rank 3" in text
+    assert "guesses: adapter tiny-guesser (rank 3" in text
     assert width < 80 or "Jacobi with adapter, n = 16" in text
-    assert width < 140 or "the text is the base model's own" in text
+    assert width < 80 or "text: the base model's" in text

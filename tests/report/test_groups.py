@@ -125,3 +125,21 @@ def test_keys_and_hover_stay_in_their_own_grid(tmp_path, titled):
         " document.querySelectorAll('.grid [tabindex=\"0\"]').length].join(' ');",
     )
     assert re.search(r"<title>(.*?)</title>", dump(copy)).group(1) == "grid-2 2 2 1 0 2"
+
+
+@needs_chromium
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", ["1280,1000", "500,900"])
+def test_nothing_spills_over(tmp_path, titled, size):
+    page = write_html(titled, tmp_path / "x.html")
+    copy = instrumented(
+        page,
+        "const [left, right] = [...document.querySelectorAll('.lane .scroller')]"
+        ".map((node) => node.getBoundingClientRect());"
+        "document.title = [document.documentElement.scrollWidth, innerWidth,"
+        " left.right <= right.left, left.bottom <= right.top].join(' ');",
+    )
+    found = re.search(r"<title>(.*?)</title>", dump(copy, size=size)).group(1).split()
+    assert int(found[0]) <= int(found[1])
+    # beside each other where there is room, below each other where there is not
+    assert found[2:] == (["true", "false"] if size == "1280,1000" else ["false", "true"])

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..models import LoadedModel
 
 DEFAULT_BLOCK_SIZE = 8
-SAME_TEXT = "the text is the base model's own"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ChosenAdapter:
     @property
     def line(self) -> str:
         """For the screen: who guesses, and whose text it is."""
-        return f"guesses by the adapter {self}; {SAME_TEXT}"
+        return f"guesses: adapter {self}; text: the base model's"
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -56,7 +55,7 @@ class ChosenAdapter:
             "mebibytes": self.adapter.nbytes / 2**20,
             "base_model": self.adapter.metadata.get("base_model"),
             "tasks": list(self.adapter.metadata.get("tasks") or []),
-            "role": f"makes the guesses; {SAME_TEXT}",
+            "role": "makes the guesses; the text is the base model's",
         }
 
 

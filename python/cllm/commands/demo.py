@@ -196,7 +196,7 @@ def _write_report(
             trajectories.append(result.trajectory)
         else:
             # beside each other, under these titles
-            trajectories.append(replace(result.plain, title="base model"))
+            trajectories.append(replace(result.plain, title="base model alone"))
             trajectories.append(replace(result.trajectory, title=f"with adapter {guesser.name}"))
     return write_report(trajectories, folder, title=title)
 
