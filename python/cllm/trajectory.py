@@ -158,7 +158,7 @@ class Trajectory:
                 block_size=int(record["block_size"]),
                 mode=str(record["mode"]),
                 prompt_text=record.get("prompt_text"),
-                title=record.get("title"),
+                title=None if record.get("title") is None else str(record["title"]),
                 pieces=None if pieces is None else {int(k): str(v) for k, v in pieces.items()},
                 iterations=[
                     Iteration(
