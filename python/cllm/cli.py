@@ -17,6 +17,8 @@ app = typer.Typer(
     "the same output.",
     no_args_is_help=True,
     add_completion=False,
+    # rich's own markup would take "[default: ...]" for a style and drop it
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -10,7 +10,11 @@ import typer
 
 from .common import CommandError, DebugOption, Dtype, ModelOption, diagnostics, load
 
-app = typer.Typer(help="Gated adapters.", no_args_is_help=True)
+app = typer.Typer(
+    help="Gated adapters: make one ready to be given away.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 
 
 @app.callback()
