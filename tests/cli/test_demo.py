@@ -182,7 +182,23 @@ def test_help_names_every_command_without_torch():
 
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("demo", "generate", "info", "report"))
+    assert all(name in result.output for name in ("demo", "generate", "info", "report", "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        (("demo",), "[default: what the adapter was made for, 8 without one]"),
+        (("generate",), "[default: standard output]"),
+        (("adapter", "export"), "[default: that of the training]"),
+    ],
+)
+def test_help_says_defaults(command, default):
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, [*command, "--help"])
+    words = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 0 and default in words
 
 
 def test_process_writes_nothing_but_json(model_folder, tmp_path):

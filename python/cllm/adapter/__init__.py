@@ -7,6 +7,7 @@ same tokens, run base + LoRA, and propose the next window. Whatever the adapter 
 the base model's.
 """
 
+from .catalogue import ShippedAdapter, shipped_adapter, shipped_adapters
 from .errors import AdapterError
 from .fingerprint import base_fingerprint
 from .gate import Gate
@@ -18,6 +19,9 @@ __all__ = [
     "Gate",
     "GatedAdapter",
     "LowRank",
+    "ShippedAdapter",
     "base_fingerprint",
     "resolve_adapter",
+    "shipped_adapter",
+    "shipped_adapters",
 ]

@@ -148,6 +148,11 @@ class GatedAdapter:
         return sum(pair.a.numel() + pair.b.numel() for pair in self.weights.values())
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, in the dtype they were loaded in."""
+        return sum(pair.a.nbytes + pair.b.nbytes for pair in self.weights.values())
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur, ascending."""
         return tuple(sorted({pair.rank for pair in self.weights.values()}))

@@ -112,11 +112,18 @@ def read_folder(folder: Path) -> tuple[dict[str, LowRank], dict[str, Any]]:
     """
     config = _read_json(folder / CONFIG)
     refuse_config(config)
-    metadata: dict[str, Any] = {}
-    if (folder / METADATA).is_file():
-        metadata = _read_json(folder / METADATA)
+    metadata = read_metadata(folder) if (folder / METADATA).is_file() else {}
     metadata.setdefault("base_model", config.get("base_model_name_or_path"))
     return _weights(_read_tensors(folder / WEIGHTS), config), metadata
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What ``cllm_adapter.json`` holds.
+
+    Raises:
+        AdapterError: it is missing or no JSON object.
+    """
+    return _read_json(folder / METADATA)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .chosen import DEFAULT_BLOCK_SIZE, ChosenAdapter, given_adapter, shipped_for, sizes
 from .common import (
-    BlockSizeOption,
     CommandError,
     DebugOption,
     DeviceOption,
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from ..decoding import JacobiConfig
     from ..models import LoadedModel
     from ..prompts import Prompt
-    from .measure import PromptResult
+    from .measure import Measurement, PromptResult
+    from .view import LiveView, PlainView
 
 DEFAULT_LIMIT = 4
 DEFAULT_REPORT = Path("cllm-demo-report")
@@ -62,7 +64,39 @@ def demo(
         ),
     ] = None,
     max_new_tokens: MaxNewTokensOption = 128,
-    block_size: BlockSizeOption = 8,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size",
+            min=1,
+            help="n: tokens guessed and checked in one forward.  [default: what the adapter was "
+            f"made for, {DEFAULT_BLOCK_SIZE} without one]",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="PATH_OR_HUB_ID",
+            help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
+            "the one that ships with the package for this model, if there is one]",
+            show_default=False,
+        ),
+    ] = None,
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="Let the plain model guess.")
+    ] = False,
+    verify_size: Annotated[
+        int | None,
+        typer.Option(
+            "--verify-size",
+            min=1,
+            help="With an adapter: tokens of the window that the model checks.  [default: what "
+            "the adapter was made for, else all]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
@@ -91,7 +125,7 @@ def demo(
         raise CommandError("give --prompt or --prompts, not both")
     if report is not None and no_report:
         raise CommandError("give --report or --no-report, not both")
-    config = decoding_config(block_size, mode, fill, seed)
+    _check_adapter_options(adapter, no_adapter, block_size, verify_size)
     if prompt:
         chosen = [Prompt(f"prompt {number}", text) for number, text in enumerate(prompt, 1)]
     elif prompts:
@@ -107,21 +141,64 @@ def demo(
     errors = diagnostics()
     loaded = load(model, dtype, device, threads, errors)
     encoded = _encode(loaded, chosen)
-    facts = _facts(loaded, dtype, config, max_new_tokens)
-    results = _run(loaded, encoded, config, max_new_tokens, facts, errors, as_json)
+    with errors.status("looking for an adapter"):
+        guesser = None
+        if adapter is not None:
+            guesser = given_adapter(adapter, loaded, errors)
+        elif not no_adapter:
+            guesser = shipped_for(loaded)
+    n, v = sizes(block_size, verify_size, mode.value, guesser)
+    config = decoding_config(n, mode, fill, seed, verify_size=v)
+    facts = _facts(loaded, dtype, config, max_new_tokens, guesser)
+    measurement, view = _measurement(
+        loaded, config, max_new_tokens, facts, errors, guesser, as_json
+    )
+    with errors.status("warming up both sides"):
+        measurement.warm_up(encoded[0][1])
+    with view:
+        results = measurement.run(encoded)
     files: list[Path] = []
     if folder is not None:
-        from ..report import write_report
-
+        if guesser is not None:
+            with errors.status("decoding without the adapter, for the report"):
+                results = list(measurement.without_adapter(encoded, results))
         with errors.status("writing the report"):
-            trajectories = [result.trajectory for result in results]
-            title = f"Jacobi decoding, {loaded.name}"
-            files = write_report(trajectories, folder, title=title)
+            files = _write_report(results, folder, loaded.name, guesser)
     if as_json:
         write_json(_as_json(results, facts, files))
     else:
-        _print_results(results, dtype, files)
+        _print_results(results, dtype, files, guesser)
     return 1 if dtype is Dtype.float32 and any(not result.identical for result in results) else 0
+
+
+def _check_adapter_options(
+    adapter: str | None, no_adapter: bool, block_size: int | None, verify_size: int | None
+) -> None:
+    if adapter is not None and no_adapter:
+        raise CommandError("give --adapter or --no-adapter, not both")
+    if no_adapter and verify_size is not None:
+        raise CommandError("--verify-size needs an adapter; leave --no-adapter out")
+    if block_size is not None and verify_size is not None and verify_size > block_size:
+        raise CommandError(f"--verify-size {verify_size} is above --block-size {block_size}")
+
+
+def _write_report(
+    results: list[PromptResult], folder: Path, name: str, guesser: ChosenAdapter | None
+) -> list[Path]:
+    from dataclasses import replace
+
+    from ..report import write_report
+
+    title = f"Jacobi decoding, {name}"
+    trajectories = []
+    for result in results:
+        if result.plain is None or guesser is None:
+            trajectories.append(result.trajectory)
+        else:
+            # beside each other, under these titles
+            trajectories.append(replace(result.plain, title="base model alone"))
+            trajectories.append(replace(result.trajectory, title=f"with adapter {guesser.name}"))
+    return write_report(trajectories, folder, title=title)
 
 
 def _encode(loaded: LoadedModel, prompts: list[Prompt]) -> list[tuple[Prompt, torch.Tensor]]:
@@ -135,22 +212,23 @@ def _encode(loaded: LoadedModel, prompts: list[Prompt]) -> list[tuple[Prompt, to
     return encoded
 
 
-def _run(
+def _measurement(
     loaded: LoadedModel,
-    encoded: list[tuple[Prompt, torch.Tensor]],
-    config: Any,
+    config: JacobiConfig,
     max_new_tokens: int,
     facts: dict[str, Any],
     errors: Console,
+    guesser: ChosenAdapter | None,
     as_json: bool,
-) -> list[PromptResult]:
-    """Warm up, then measure with the view that fits where standard output goes."""
+) -> tuple[Measurement, LiveView | PlainView]:
+    """What measures, and the view that fits where standard output goes."""
     from rich.console import Console
 
     from .measure import Measurement
     from .view import LiveView, PlainView
 
     screen = Console(file=sys.stdout, highlight=False)
+    line = guesser.line if guesser is not None else None
     view: LiveView | PlainView
     if screen.is_terminal and not screen.is_dumb_terminal and not as_json:
 
@@ -162,17 +240,22 @@ def _run(
             threads = facts["threads"]
             place += f" with {threads} thread{'' if threads == 1 else 's'}"
         heading = f"{loaded.name}, {facts['dtype']}, {place}, greedy"
-        view = LiveView(screen, decode, heading, config.block_size)
+        view = LiveView(screen, decode, heading, config.block_size, line)
     else:
         view = PlainView(errors)
-    measurement = Measurement(loaded, config, max_new_tokens, view)
-    with errors.status("warming up both sides"):
-        measurement.warm_up(encoded[0][1])
-    with view:
-        return measurement.run(encoded)
+        if line is not None:
+            errors.print(line, markup=False, soft_wrap=True)
+    adapter = guesser.adapter if guesser is not None else None
+    return Measurement(loaded, config, max_new_tokens, view, adapter), view
 
 
-def _facts(loaded: LoadedModel, dtype: Dtype, config: Any, max_new_tokens: int) -> dict[str, Any]:
+def _facts(
+    loaded: LoadedModel,
+    dtype: Dtype,
+    config: JacobiConfig,
+    max_new_tokens: int,
+    guesser: ChosenAdapter | None,
+) -> dict[str, Any]:
     import torch
 
     from .info import versions
@@ -182,7 +265,9 @@ def _facts(loaded: LoadedModel, dtype: Dtype, config: Any, max_new_tokens: int) 
         "dtype": dtype.value,
         "device": str(loaded.model.device),
         "threads": torch.get_num_threads(),
+        "adapter": guesser.to_json() if guesser is not None else None,
         "block_size": config.block_size,
+        "verify_size": config.verify_size,
         "mode": config.mode,
         "fill": config.fill,
         "seed": config.seed,
@@ -209,6 +294,7 @@ def _as_json(
         **facts,
         "tokens": totals.tokens("jacobi"),
         "iterations": totals.forwards,
+        "iterations_without_adapter": totals.plain_forwards,
         "tokens_per_forward": totals.tokens_per_forward,
         "identical": totals.identical,
         **sides,
@@ -239,6 +325,7 @@ def _prompt_json(result: PromptResult) -> dict[str, Any]:
         "text": result.text,
         "tokens": len(result.jacobi.ids),
         "iterations": result.jacobi.forwards,
+        "iterations_without_adapter": len(result.plain.iterations) if result.plain else None,
         "tokens_per_forward": result.tokens_per_forward,
         "identical": result.identical,
         **sides,
@@ -248,7 +335,9 @@ def _prompt_json(result: PromptResult) -> dict[str, Any]:
     }
 
 
-def _print_results(results: list[PromptResult], dtype: Dtype, files: list[Path]) -> None:
+def _print_results(
+    results: list[PromptResult], dtype: Dtype, files: list[Path], guesser: ChosenAdapter | None
+) -> None:
     from rich.console import Console
 
     from .view import results_table
@@ -257,7 +346,9 @@ def _print_results(results: list[PromptResult], dtype: Dtype, files: list[Path])
     if not screen.is_terminal:
         # a pipe has no width: a table cut to 80 columns would lose figures
         screen = Console(file=sys.stdout, highlight=False, width=120)
-    screen.print(results_table(results))
+    screen.print(results_table(results, adapter=guesser is not None))
+    if guesser is not None:
+        screen.print(guesser.line, markup=False, soft_wrap=True)
     for result in results:
         for line in _remarks(result, dtype):
             screen.print(line, markup=False, soft_wrap=True)

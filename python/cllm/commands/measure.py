@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ..trajectory import Trajectory
 from ..verification import verify
 
 if TYPE_CHECKING:
+    from ..adapter import GatedAdapter
     from ..models import LoadedModel
 
 Side = Literal["autoregressive", "jacobi"]
@@ -73,7 +75,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """Both sides of one prompt."""
+    """Both sides of one prompt.
+
+    Attributes:
+        trajectory: of the Jacobi side, with the adapter where one is in use.
+        plain: of Jacobi decoding without the adapter, where that was asked for.
+    """
 
     prompt: Prompt
     prompt_tokens: int
@@ -84,6 +91,7 @@ class PromptResult:
     difference: Difference | None
     verification: str | None = None
     near_ties: list[tuple[int, float]] = field(default_factory=list)
+    plain: Trajectory | None = None
 
     @property
     def identical(self) -> bool:
@@ -136,6 +144,7 @@ class Measurement:
         config: of the Jacobi side; trajectories are recorded whatever it says.
         max_new_tokens: limit for both sides.
         view: is shown both sides as they run.
+        adapter: makes the guesses of the Jacobi side; the one-token side is the base model.
     """
 
     def __init__(
@@ -144,7 +153,9 @@ class Measurement:
         config: JacobiConfig,
         max_new_tokens: int,
         view: View | None = None,
+        adapter: GatedAdapter | None = None,
     ) -> None:
+        self._adapter = adapter
         self._loaded = loaded
         self._config = config.updated(record_trajectories=True)
         self._max_new_tokens = max_new_tokens
@@ -174,6 +185,19 @@ class Measurement:
                 self._view.finished(results[-1])
         return results
 
+    def without_adapter(
+        self, prompts: list[tuple[Prompt, torch.Tensor]], results: list[PromptResult]
+    ) -> Iterator[PromptResult]:
+        """The results, each with `PromptResult.plain`: Jacobi decoding of the base alone, of the
+        same window and untimed."""
+        plain = Measurement(
+            self._loaded, replace(self._config, verify_size=None), self._max_new_tokens
+        )
+        for (_, ids), result in zip(prompts, results, strict=True):
+            _, trajectory = plain._decode("jacobi", ids, self._max_new_tokens, None)
+            assert trajectory is not None
+            yield replace(result, plain=trajectory.with_pieces(self._loaded.tokenizer))
+
     def _decode(
         self, side: Side, ids: torch.Tensor, limit: int, view: View | None
     ) -> tuple[SideResult, Trajectory | None]:
@@ -191,6 +215,7 @@ class Measurement:
                 model,
                 **inputs,
                 config=self._config,
+                adapter=self._adapter,
                 streamer=clock,
                 return_dict_in_generate=True,
             )

@@ -30,7 +30,7 @@ def report(
     ] = False,
     number: Annotated[
         int,
-        typer.Option("--number", min=1, help="Which trajectory the terminal and picture show."),
+        typer.Option("--number", min=1, help="Which prompt the terminal and picture show."),
     ] = 1,
     debug: DebugOption = False,
 ) -> int:
@@ -47,15 +47,22 @@ def report(
         trajectories = load(file)
     if not trajectories:
         raise CommandError(f"{file}: no trajectories in it")
-    if number > len(trajectories):
-        raise CommandError(f"--number {number}: {file} holds {len(trajectories)} trajectories")
-    chosen = trajectories[number - 1]
+    groups = drawing.grouped(trajectories)
+    if number > len(groups):
+        holds = f"{len(groups)} trajectories"
+        if len(groups) < len(trajectories):
+            holds = f"trajectories of {len(groups)} prompts"
+        raise CommandError(f"--number {number}: {file} holds {holds}")
+    chosen = groups[number - 1]
 
     from rich.console import Console
 
     screen = Console(file=sys.stdout, highlight=False)
     if terminal:
-        screen.print(drawing.render_terminal(chosen))
+        for one in chosen:
+            if one.title is not None:
+                screen.print(one.title, markup=False, style="bold")
+            screen.print(drawing.render_terminal(one))
     if png is not None:
         written = drawing.write_png(chosen, png)
         screen.print(f"picture: {written}", markup=False, soft_wrap=True)

@@ -48,9 +48,18 @@ class LiveView:
         decode: token ids to text.
         heading: what is being run, for the top line.
         block_size: n of the Jacobi side.
+        adapter: what to say of the adapter that makes its guesses; None where there is none.
     """
 
-    def __init__(self, console: Console, decode: Decode, heading: str, block_size: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        decode: Decode,
+        heading: str,
+        block_size: int,
+        adapter: str | None = None,
+    ) -> None:
+        self._adapter = adapter
         self._console = console
         self._decode = decode
         self._heading = heading
@@ -122,9 +131,13 @@ class LiveView:
         grid = Table.grid(expand=True, padding=0)
         for _ in SIDES:
             grid.add_column(ratio=1)
-        lines = min(_BODY_LINES, max(4, self._console.height - 10))
+        lines = min(_BODY_LINES, max(4, self._console.height - 11))
         grid.add_row(*(self._panel(side, (width // 2) - 4, lines) for side in SIDES))
         parts: list[RenderableType] = [Text(self._heading, style="bold", no_wrap=True)]
+        if self._adapter is not None:
+            parts.append(
+                Text(self._adapter, style="bright_blue", no_wrap=True, overflow="ellipsis")
+            )
         if self._prompt is not None:
             number, total, prompt = self._prompt
             line = Text(no_wrap=True, overflow="ellipsis")
@@ -136,7 +149,10 @@ class LiveView:
 
     def _panel(self, side: Side, width: int, lines: int) -> Panel:
         pane, colour = self._panes[side], _COLOURS[side]
-        title = _TITLES[side] + (f", n = {self._block_size}" if side == "jacobi" else "")
+        title = _TITLES[side]
+        if side == "jacobi":
+            with_adapter = " with adapter" if self._adapter is not None else ""
+            title += f"{with_adapter}, n = {self._block_size}"
         body = Text(pane.text.replace("\t", "    "))
         body.append(pane.new, style=_NEW)
         if pane.state == "running":
@@ -225,6 +241,14 @@ class Totals:
         return sum(result.jacobi.forwards for result in self.results)
 
     @property
+    def plain_forwards(self) -> int | None:
+        """Forwards of Jacobi decoding without the adapter; None unless all prompts have them."""
+        plain = [result.plain for result in self.results if result.plain is not None]
+        if len(plain) != len(self.results):
+            return None
+        return sum(len(trajectory.iterations) for trajectory in plain)
+
+    @property
     def tokens_per_forward(self) -> float:
         return self.tokens("jacobi") / max(self.forwards, 1)
 
@@ -237,8 +261,13 @@ class Totals:
         return all(result.identical for result in self.results)
 
 
-def results_table(results: list[PromptResult]) -> Table:
-    """One row a prompt and one for the total."""
+def results_table(results: list[PromptResult], adapter: bool = False) -> Table:
+    """One row a prompt and one for the total.
+
+    Args:
+        adapter: an adapter made the guesses. The column of iterations then gives the forwards of
+            one-token decoding, of plain Jacobi decoding where it was run, and with the adapter.
+    """
     totals = Totals(results)
     # everything fits 80 columns
     table = Table(
@@ -251,27 +280,45 @@ def results_table(results: list[PromptResult]) -> Table:
     )
     yes = Text("yes", style="green")
     no = Text("no", style="bold red")
+    forwards = "itera-\ntions"
+    if adapter:
+        plain = "\nplain Jacobi /" if totals.plain_forwards is not None else ""
+        forwards = f"forwards:\none-token /{plain}\nwith adapter"
+    jacobi = "adapter" if adapter else "Jacobi"
+    # one-token decoding has as many forwards as tokens, which leaves the column of three its room
+    tokens = [] if adapter else [("tokens", str(totals.tokens("jacobi")))]
     columns: list[tuple[str, str]] = [
         ("prompt", "total"),
-        ("tokens", str(totals.tokens("jacobi"))),
+        *tokens,
         ("one-token\ntokens/s", f"{totals.tokens_per_second('autoregressive'):.1f}"),
-        ("Jacobi\ntokens/s", f"{totals.tokens_per_second('jacobi'):.1f}"),
-        ("itera-\ntions", str(totals.forwards)),
+        (f"{jacobi}\ntokens/s", f"{totals.tokens_per_second('jacobi'):.1f}"),
+        (forwards, _forwards(results, adapter)),
         ("tokens/\nforward", f"{totals.tokens_per_forward:.2f}"),
         ("speedup", f"{totals.speedup:.2f}x"),
     ]
     for index, (header, footer) in enumerate(columns):
         table.add_column(header, footer, justify="left" if index == 0 else "right")
-    table.add_column("identical", yes if totals.identical else no, justify="right")
+    table.add_column("identical" if not adapter else "same\ntext", yes if totals.identical else no,
+                     justify="right")  # fmt: skip
     for result in results:
         table.add_row(
             Text(result.prompt.id, overflow="ellipsis", no_wrap=True),
-            str(len(result.jacobi.ids)),
+            *([] if adapter else [str(len(result.jacobi.ids))]),
             f"{result.autoregressive.tokens_per_second:.1f}",
             f"{result.jacobi.tokens_per_second:.1f}",
-            str(result.jacobi.forwards),
+            _forwards([result], adapter),
             f"{result.tokens_per_forward:.2f}",
             f"{result.speedup:.2f}x",
             yes if result.identical else no,
         )
     return table
+
+
+def _forwards(results: list[PromptResult], adapter: bool) -> str:
+    totals = Totals(results)
+    if not adapter:
+        return str(totals.forwards)
+    counts = [sum(result.autoregressive.forwards for result in results), totals.forwards]
+    if totals.plain_forwards is not None:
+        counts.insert(1, totals.plain_forwards)
+    return " / ".join(map(str, counts))

@@ -14,6 +14,7 @@ from pathlib import Path
 from .. import trajectory as trajectory_files
 from ..trajectory import Trajectory
 from .cells import Cell, Grid, ReportError, Row, Totals, build_grid
+from .groups import grouped
 from .html import build_grids, render_html, write_html
 from .terminal import TerminalGrid, render_terminal
 
@@ -25,6 +26,7 @@ __all__ = [
     "TerminalGrid",
     "Totals",
     "build_grid",
+    "grouped",
     "render_html",
     "render_terminal",
     "write_html",
@@ -63,8 +65,9 @@ def write_report(
 ) -> list[Path]:
     """Write every form of the report into a folder, which is made where it is missing.
 
-    ``index.html`` shows all trajectories, ``trajectory-001.png`` and so on one each, and
-    ``trajectories.jsonl`` holds the record that `cllm.trajectory.load` reads back.
+    ``index.html`` shows all trajectories, ``trajectory-001.png`` and so on one prompt each, and
+    ``trajectories.jsonl`` holds the record that `cllm.trajectory.load` reads back. Titled
+    trajectories of one prompt stand beside each other (`grouped`).
 
     Returns:
         The paths written: the page, the record, then the pictures in order.
@@ -76,12 +79,13 @@ def write_report(
     """
     folder = Path(folder)
     build_grids(trajectories)
-    digits = max(3, len(str(len(trajectories))))
+    groups = grouped(trajectories)
+    digits = max(3, len(str(len(groups))))
     return [
         write_html(trajectories, folder / "index.html", title=title),
         trajectory_files.save(folder / "trajectories.jsonl", trajectories),
         *(
-            write_png(trajectory, folder / f"trajectory-{number:0{digits}}.png")
-            for number, trajectory in enumerate(trajectories, start=1)
+            write_png(group, folder / f"trajectory-{number:0{digits}}.png")
+            for number, group in enumerate(groups, start=1)
         ),
     ]

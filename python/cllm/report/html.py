@@ -19,6 +19,7 @@ from ..files import write_atomically
 from ..trajectory import Trajectory
 from . import palette
 from .cells import Cell, Grid, ReportError, build_grid
+from .groups import group_numbers
 from .text import encodable, shorten
 
 _LABEL_LENGTH = 110
@@ -34,9 +35,12 @@ def write_html(
 ) -> Path:
     """Write one HTML file that shows the trajectories, with a slider over iterations.
 
+    Trajectories of one prompt that follow each other and have titles stand beside each other and
+    are moved by the same slider (`cllm.report.groups`).
+
     Style, script and data are inside the file; a content security policy forbids everything else.
     The fragment ``#trajectory=0&iteration=5`` opens it at one iteration (both counted as in
-    `cllm.report.cells`: the first trajectory is 0, iteration 0 is the initial guess);
+    `cllm.report.cells`: the first prompt is 0, iteration 0 is the initial guess);
     ``&theme=dark`` or ``light`` overrides the reader's preference. The file appears whole or not
     at all.
 
@@ -48,7 +52,9 @@ def write_html(
             names it.
         OSError: if the file cannot be written.
     """
-    page = render_html(build_grids(trajectories), title)
+    grids = build_grids(trajectories)
+    titles = [one.title for one in trajectories]
+    page = render_html(grids, title, titles=titles, groups=group_numbers(trajectories))
     return write_atomically(path, page.encode("utf-8"))
 
 
@@ -65,26 +71,60 @@ def build_grids(trajectories: Sequence[Trajectory]) -> list[Grid]:
     return grids
 
 
-def render_html(grids: Sequence[Grid], title: str) -> str:
-    """The page as a string; it encodes as UTF-8 whatever the model wrote."""
+def render_html(
+    grids: Sequence[Grid],
+    title: str,
+    *,
+    titles: Sequence[str | None] | None = None,
+    groups: Sequence[int] | None = None,
+) -> str:
+    """The page as a string; it encodes as UTF-8 whatever the model wrote.
+
+    Args:
+        titles: what stands above each grid; by default nothing does.
+        groups: of each grid the number of its prompt, 0, 1, ... ascending; grids of one prompt
+            stand beside each other. By default every grid has its own.
+    """
+    titles = [None] * len(grids) if titles is None else list(titles)
+    groups = list(range(len(grids))) if groups is None else list(groups)
     environment = _environment()
     style = environment.get_template("style.css.j2").render(palette=palette)
     script = environment.get_template("script.js.j2").render()
-    labels = _labels(grids)
+    firsts = [grids[groups.index(number)] for number in range(groups[-1] + 1)]
+    headings = dict.fromkeys(titles)  # in order of their first appearance
     page = environment.get_template("page.html.j2").render(
         title=title,
-        labels=labels,
-        totals=[grid.totals for grid in grids],
-        tokens=sum(grid.totals.tokens for grid in grids),
-        iterations=sum(grid.totals.iterations for grid in grids),
+        labels=_labels(firsts),
+        titled=any(titles),
+        rows=[
+            (group, heading, grid.totals)
+            for group, heading, grid in zip(groups, titles, grids, strict=True)
+        ],
+        sums=[
+            (heading, _sum([g for g, own in zip(grids, titles, strict=True) if own == heading]))
+            for heading in headings
+        ],
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
         palette=palette,
-        data=Markup(_embeddable([_record(grid) for grid in grids])),
+        data=Markup(
+            _embeddable(
+                [
+                    _record(grid) | {"title": heading and encodable(heading), "group": group}
+                    for grid, heading, group in zip(grids, titles, groups, strict=True)
+                ]
+            )
+        ),
     )
     return encodable(page)
+
+
+def _sum(grids: Sequence[Grid]) -> dict[str, int]:
+    names = ("tokens", "iterations", "fast_forwarded", "stationary")
+    sums = {name: sum(getattr(grid.totals, name) for grid in grids) for name in names}
+    return {"prompts": len(grids), **sums}
 
 
 @lru_cache(maxsize=1)

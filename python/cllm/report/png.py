@@ -60,7 +60,7 @@ def write_png(
     generations become a map of smaller cells. The file appears whole or not at all.
 
     Args:
-        titles: what stands above each grid; by default what a grid is.
+        titles: what stands above each grid; by default the trajectories' own, or what a grid is.
 
     Returns:
         The path written.
@@ -71,7 +71,7 @@ def write_png(
         OSError: if the file cannot be written.
     """
     trajectories = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
-    titles = [_TITLE] * len(trajectories) if titles is None else list(titles)
+    titles = [one.title or _TITLE for one in trajectories] if titles is None else list(titles)
     if not trajectories or len(titles) != len(trajectories):
         raise ReportError(
             f"{len(trajectories)} trajectories with {len(titles)} titles: give at least one "
