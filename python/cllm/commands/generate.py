@@ -32,6 +32,7 @@ from .common import (
     decoding_config,
     diagnostics,
     load,
+    load_adapter,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def generate(
 
     def start() -> _Run:
         loaded = load(model, dtype, device, threads, errors)
-        run = _Run(loaded, config, max_new_tokens, errors, _load_adapter(adapter, loaded, errors))
+        run = _Run(loaded, config, max_new_tokens, errors, load_adapter(adapter, loaded, errors))
         run.encode(chosen, system, not no_chat_template)
         return run
 
@@ -145,23 +146,6 @@ def generate(
     else:
         run.rows(0, batch_size, lambda row, record: _print_row(row))
     return 0
-
-
-def _load_adapter(source: str | None, loaded: LoadedModel, errors: Console) -> GatedAdapter | None:
-    if source is None:
-        return None
-    from ..adapter import GatedAdapter
-
-    adapter = GatedAdapter.load(source)
-    adapter.check(loaded.model)
-    if adapter.metadata.get("gated") is not True:  # Python's warnings are off here
-        errors.print(
-            f"{source} does not say that it was trained with the gate: same text, fewer right "
-            "guesses",
-            markup=False,
-            soft_wrap=True,
-        )
-    return adapter
 
 
 def _one_prompt(text: str | None) -> Prompt:
