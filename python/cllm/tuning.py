@@ -22,6 +22,7 @@ from torch import Tensor
 from .adapter import resolve_adapter
 from .decoding import JacobiConfig, JacobiOutput, generate
 from .evaluation import encode_prompts
+from .forward_clock import ForwardClock
 from .head import evaluating
 from .patching import original_generate
 from .prompts import Prompt
@@ -90,7 +91,7 @@ class Candidate:
 
     Attributes:
         tokens_per_forward: over all prompts, every forward counted but the prefill.
-        seconds_per_forward: median and quartiles, of an iteration with all its bookkeeping.
+        seconds_per_forward: behind the prompt of median length.
     """
 
     window: Window
@@ -209,7 +210,7 @@ def tune(
     pairs: Iterable[tuple[int, int]] = PAIRS,
     batch_size: int = 4,
     rounds: int = 5,
-    forwards: int = 8,
+    forwards: int = 4,
     finalists: int = 2,
     repeats: int = 2,
     progress: Progress | None = None,
@@ -225,8 +226,8 @@ def tune(
         sizes: `block_size` of the plain windows; 1 is always among them.
         pairs: (`verify_size`, `block_size`) of the gated ones.
         batch_size: prompts that are decoded together where forwards are counted, not timed.
-        rounds, forwards: each width is timed in so many turns of so many forwards, after a turn
-            that is not counted.
+        rounds, forwards: each width is timed in so many turns of so many forwards, after one that
+            is not counted.
         finalists: so many of the best windows are measured whole, besides the best of each kind
             and ``n = 1``; `repeats` times with every prompt.
         progress: is told of every step.
@@ -252,16 +253,20 @@ def tune(
         adapter.check(model)
     tell = progress or (lambda *_: None)
     with evaluating(model):
-        timed = _Decoder(model, adapter, max_new_tokens)
-        seconds = _forward_seconds(timed, ids, windows, rounds, forwards, tell)
+        decoder = _Decoder(model, adapter, max_new_tokens)
+        middle = sorted(ids, key=len)[len(ids) // 2]
+        room = max_new_tokens + max(window.rows for window in windows)
+        clock = ForwardClock(model, middle, room, adapter)
+        seconds = _forward_seconds(clock, windows, rounds, forwards, tell)
+        del clock  # its caches
         candidates = []
         for number, window in enumerate(windows):
             tell("counting tokens per forward", number, len(windows))
-            rate = 1.0 if window == ONE else timed.tokens_per_forward(ids, window, batch_size)
+            rate = 1.0 if window == ONE else decoder.tokens_per_forward(ids, window, batch_size)
             candidates.append(Candidate(window, rate, seconds[window.rows, window.gated]))
         tell("counting tokens per forward", len(windows), len(windows))
         chosen = _finalists(candidates, finalists)
-        measured = _measured(timed, ids, chosen, repeats, tell)
+        measured = _measured(decoder, ids, chosen, repeats, tell)
     return Tuning(tuple(candidates), measured, len(ids), max_new_tokens)
 
 
@@ -326,13 +331,6 @@ class _Decoder:
             forwards += int(out.iterations.sum())
         return tokens / forwards
 
-    def seconds_per_forward(self, prompt: Sequence[int], window: Window, forwards: int) -> float:
-        """Of a few iterations behind the prompt, in a cache as long as the whole text's."""
-        limits = {"accept": "one", "max_iterations": forwards, "eos_token_id": None}
-        out = self._run([prompt], window, **limits)
-        assert out.decode_seconds is not None and out.forwards
-        return out.decode_seconds / out.forwards
-
     def tokens_per_second(
         self, prompt: Sequence[int], window: Window | None, most: int | None = None
     ) -> float:
@@ -353,15 +351,9 @@ class _Decoder:
 
 
 def _forward_seconds(
-    decoder: _Decoder,
-    prompts: Sequence[Sequence[int]],
-    windows: Sequence[Window],
-    rounds: int,
-    forwards: int,
-    tell: Progress,
+    clock: ForwardClock, windows: Sequence[Window], rounds: int, forwards: int, tell: Progress
 ) -> dict[tuple[int, bool], Spread]:
-    """Of a forward by its rows and whether it is gated, behind the prompt of median length."""
-    prompt = sorted(prompts, key=len)[len(prompts) // 2]
+    """Of a forward by its rows and whether it is gated."""
     # with the most guess rows that a gated width has: they are what the adapter is computed for
     shapes = {
         (window.rows, window.gated): window
@@ -371,9 +363,14 @@ def _forward_seconds(
     for number in range(rounds + 1):
         for step, (shape, window) in enumerate(shapes.items()):
             tell("timing a forward", number * len(shapes) + step, (rounds + 1) * len(shapes))
-            found = decoder.seconds_per_forward(prompt, window, forwards)
+            many = forwards if number else 1  # the first turn warms up
+            if window.verify_size is None:
+                found = clock.plain(window.block_size, many)
+            else:
+                found = clock.gated(window.verify_size, window.block_size, many)
             if number:
                 seconds[shape].append(found)
+    tell("timing a forward", (rounds + 1) * len(shapes), (rounds + 1) * len(shapes))
     return {shape: Spread.of(values) for shape, values in seconds.items()}
 
 
