@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def contenders(
                 return_dict_in_generate=True,
                 **inputs(prompt, most),
             )
+            assert isinstance(out, cllm.JacobiOutput)
+            assert out.sequences is not None and out.forwards is not None
             return out.sequences[0, len(prompt) :].tolist(), out.forwards
 
         return run
@@ -164,6 +167,101 @@ def speeds(
     return found
 
 
+class Run:
+    """One base, one adapter, and the folder that keeps what is finished."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.base, self.tokenizer = load(options.base, "float32", "cpu")
+        self.adapter = cllm.GatedAdapter.load(options.adapter)
+        self.adapter.check(self.base)
+        self.kept = Kept(options.work)
+        self.digest = adapter_digest(self.adapter)
+        self.key = [weights_digest(self.base), self.digest]
+        sources = dict(entry.split("=", 1) for entry in options.data)
+        tasks = read_tasks(
+            options.tasks, sources, self.base, self.tokenizer, options.max_new_tokens
+        )
+        self.tasks = [task for task in tasks if not options.task or task.name in options.task]
+
+    def counted(self, task: Task, window: Window) -> tuple[float, list[list[int]]]:
+        """Tokens per forward of the base, and the texts. Decoded in batches: a row's forwards do
+        not depend on the other rows."""
+
+        def decode() -> list[dict[str, Any]]:
+            found = decode_texts(
+                self.base, self.tokenizer, task.prompts, config=window.config,
+                max_new_tokens=task.max_new_tokens, batch_size=self.options.batch_size,
+                adapter=self.adapter if window.gated else None,
+            )  # fmt: skip
+            return [vars(text) for text in found]
+
+        key = [*self.key, task.prompts, task.max_new_tokens, asdict(window)]
+        found = self.kept.get(f"texts-{task.name}", key, decode)
+        texts = [text["tokens"] for text in found]
+        return sum(map(len, texts)) / sum(text["forwards"] for text in found), texts
+
+    def sizes(self, model: Any, dtype: str) -> dict[str, Any]:
+        """What `tuned` finds."""
+        options = self.options
+        key = [*self.key, dtype, torch.get_num_threads(), options.tune_prompts, options.tune_tokens]
+        key += [[task.prompts, task.max_new_tokens] for task in self.tasks]
+        make = partial(tuned, model, self.adapter, self.tasks, options)
+        found: dict[str, Any] = self.kept.get(f"tune-{dtype}", key, make)
+        return found
+
+    def clocked(
+        self, task: Task, dtype: str, clock: Clock, windows: dict[str, Window]
+    ) -> list[dict[str, Any]]:
+        """What `Clock` found for every prompt, in 16 bits for the first ones."""
+        most = task.max_new_tokens
+        count = len(task.prompts) if dtype == "float32" else self.options.clock_prompts
+        rows = []
+        for number, prompt in enumerate(task.prompts[:count]):
+            key = [*self.key, dtype, torch.get_num_threads(), prompt, most]
+            key.append([asdict(window) for window in windows.values()])
+            name = f"clock-{task.name}-{dtype}-{number}"
+            rows.append(self.kept.get(name, key, partial(clock, prompt, most, number)))
+        return rows
+
+    def results(self, counting: Window) -> dict[str, Any]:
+        """The record's ``sizes`` and ``tasks``."""
+        sizes: dict[str, Any] = {}
+        found: dict[str, Any] = {}
+        texts: dict[tuple[str, str], list[list[int]]] = {}
+        for task in self.tasks:
+            counted = {}
+            for name, window in ((PLAIN, Window(counting.block_size)), (GATED, counting)):
+                rate, texts[task.name, name] = self.counted(task, window)
+                counted[name] = {"tokens_per_forward": rate}
+                print(f"{task.name}, {name}: {rate:.3f} tokens a forward")
+            found[task.name] = {
+                "prompts": len(task.prompts), "max_new_tokens": task.max_new_tokens,
+                "counted": counted, "speed": {},
+            }  # fmt: skip
+        for dtype in self.options.dtypes.split(","):
+            model = self.base
+            if dtype != "float32":
+                model = load(self.options.base, dtype, "cpu")[0]
+            sizes[dtype] = self.sizes(model, dtype)
+            windows = {name: Window(**sizes[dtype][name]) for name in (PLAIN, GATED)}
+            print(f"{dtype}: {PLAIN} {windows[PLAIN]}; {GATED} {windows[GATED]}")
+            clock = Clock(contenders(model, self.adapter, windows))
+            for task in self.tasks:
+                result = found[task.name]
+                rows = self.clocked(task, dtype, clock, windows)
+                speed = speeds(model, task.prompts[: len(rows)], rows, windows)
+                result["speed"][dtype] = speed
+                ratio = speed[GATED]["ratio_to_huggingface"]["median"]
+                print(f"{task.name}, {dtype}: {ratio:.2f} x HuggingFace greedy with the adapter")
+                if dtype == "float32":
+                    references = [row[HUGGINGFACE]["tokens"] for row in rows]
+                    for name, entry in result["counted"].items():
+                        own = texts[task.name, name]
+                        entry |= compared(model, task.prompts, own, references)
+        return {"sizes": sizes, "tasks": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", help="folder or hub id; by default the demo's model")
@@ -188,94 +286,19 @@ def main() -> None:
     parser.add_argument("--record", metavar="FOLDER", help="folder in benchmarks/results/")
     parser.add_argument("--name", default="adapter_held_out", help="the record's name")
     options = parser.parse_args()
-    dtypes = options.dtypes.split(",")
     counting = Window(options.block_size, options.verify_size or options.block_size)
-
-    base, tokenizer = load(options.base, "float32", "cpu")
-    adapter = cllm.GatedAdapter.load(options.adapter)
-    adapter.check(base)
-    sources = dict(entry.split("=", 1) for entry in options.data)
-    tasks = read_tasks(options.tasks, sources, base, tokenizer, options.max_new_tokens)
-    if options.task:
-        tasks = [task for task in tasks if task.name in options.task]
-    kept = Kept(options.work)
-    identity = [weights_digest(base), adapter_digest(adapter)]
-    results: dict[str, Any] = {
-        task.name: {"prompts": len(task.prompts), "max_new_tokens": task.max_new_tokens}
-        for task in tasks
-    }
-
-    # forwards are counted in batches: a row's do not depend on the other rows
-    texts: dict[tuple[str, str], list[list[int]]] = {}
-    for task in tasks:
-        counted = {}
-        for name, window in ((PLAIN, Window(counting.block_size)), (GATED, counting)):
-
-            def decode(task: Task = task, window: Window = window) -> list[dict[str, Any]]:
-                found = decode_texts(
-                    base, tokenizer, task.prompts, config=window.config,
-                    max_new_tokens=task.max_new_tokens, batch_size=options.batch_size,
-                    adapter=adapter if window.gated else None,
-                )  # fmt: skip
-                return [vars(text) for text in found]
-
-            key = [*identity, task.prompts, task.max_new_tokens, asdict(window)]
-            found = kept.get(f"texts-{task.name}", key, decode)
-            texts[task.name, name] = [text["tokens"] for text in found]
-            tokens = sum(map(len, texts[task.name, name]))
-            counted[name] = {"tokens_per_forward": tokens / sum(t["forwards"] for t in found)}
-            print(f"{task.name}, {name}: {counted[name]['tokens_per_forward']:.3f} a forward")
-        results[task.name] |= {"counted": counted, "speed": {}}
-
-    sizes = {}
-    for dtype in dtypes:
-        model = base if dtype == "float32" else load(options.base, dtype, "cpu")[0]
-        threads = torch.get_num_threads()
-        key = [*identity, dtype, threads, options.tune_prompts, options.tune_tokens]
-        key += [[task.prompts, task.max_new_tokens] for task in tasks]
-        sizes[dtype] = kept.get(
-            f"tune-{dtype}", key, lambda model=model: tuned(model, adapter, tasks, options)
-        )
-        windows = {name: Window(**sizes[dtype][name]) for name in (PLAIN, GATED)}
-        print(f"{dtype}: {PLAIN} {windows[PLAIN]}; {GATED} {windows[GATED]}")
-        clock = Clock(contenders(model, adapter, windows))
-        for task in tasks:
-            prompts = task.prompts
-            if dtype != "float32":
-                prompts = prompts[: options.clock_prompts]
-            rows = []
-            for number, prompt in enumerate(prompts):
-                key = [*identity, dtype, threads, prompt, task.max_new_tokens]
-                key.append([asdict(window) for window in windows.values()])
-                rows.append(
-                    kept.get(
-                        f"clock-{task.name}-{dtype}-{number}",
-                        key,
-                        lambda clock=clock, task=task, prompt=prompt, number=number: clock(
-                            prompt, task.max_new_tokens, number
-                        ),
-                    )
-                )
-            result = results[task.name]
-            result["speed"][dtype] = found = speeds(model, prompts, rows, windows)
-            ratio = found[GATED]["ratio_to_huggingface"]["median"]
-            print(f"{task.name}, {dtype}: {ratio:.2f} x HuggingFace greedy with the adapter")
-            if dtype == "float32":
-                references = [row[HUGGINGFACE]["tokens"] for row in rows]
-                for name, entry in result["counted"].items():
-                    entry |= compared(model, prompts, texts[task.name, name], references)
+    run = Run(options)
     record = {
         "provenance": provenance("cpu"),
         "base": options.base or "SmolLM2-135M-Instruct",
         "adapter": {
-            "parameters": adapter.parameters,
-            "ranks": list(adapter.ranks),
-            "digest": identity[1],
-            "metadata": adapter.metadata,
+            "parameters": run.adapter.parameters,
+            "ranks": list(run.adapter.ranks),
+            "digest": run.digest,
+            "metadata": run.adapter.metadata,
         },
         "window": asdict(counting),
-        "sizes": sizes,
-        "tasks": results,
+        **run.results(counting),
     }
     if options.record:
         print(write_record(record, options.record, options.name))
