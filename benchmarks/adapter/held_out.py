@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,11 @@ class Run:
         tasks = read_tasks(
             options.tasks, sources, self.base, self.tokenizer, options.max_new_tokens
         )
-        self.tasks = [task for task in tasks if not options.task or task.name in options.task]
+        self.tasks = [
+            replace(task, prompts=task.prompts[: options.limit])
+            for task in tasks
+            if not options.task or task.name in options.task
+        ]
 
     def counted(self, task: Task, window: Window) -> tuple[float, list[list[int]]]:
         """Tokens per forward of the base, and the texts. Decoded in batches: a row's forwards do
@@ -271,6 +275,7 @@ def main() -> None:
     )
     parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--task", action="append", help="only this one; may be given again")
+    parser.add_argument("--limit", type=int, help="at most so many prompts of a task, to try it")
     parser.add_argument("--max-new-tokens", type=int, help="at most so many, where a task has more")
     parser.add_argument("--block-size", type=int, default=16, help="where forwards are counted")
     parser.add_argument("--verify-size", type=int, help="there; by default the block size")
