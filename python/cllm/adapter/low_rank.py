@@ -132,7 +132,9 @@ class LowRankRows:
     def stack(self) -> None:
         """Once every module has its hook: stack what is known to read one input."""
         for names in self.groups or ():
-            _Group([self._parts[name] for name in names])
+            parts = [self._parts[name] for name in names]
+            if _stackable(parts):  # the model may have been moved since they were found
+                _Group(parts)
 
     def _shrunk(self, part: _Part, x: Tensor, rows: tuple[int, int, int]) -> Tensor:
         """x @ a^T of the gated rows: [width - first, r] in a batch of 1, else [B, ., r]."""
