@@ -300,7 +300,8 @@ def main() -> None:
             "parameters": run.adapter.parameters,
             "ranks": list(run.adapter.ranks),
             "digest": run.digest,
-            "metadata": run.adapter.metadata,
+            # of the base's name, where it lies on this machine may be part
+            "metadata": {k: v for k, v in run.adapter.metadata.items() if k != "base_model"},
         },
         "window": asdict(counting),
         **run.results(counting),
