@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,87 +26,13 @@ import torch
 
 import cllm
 from cllm.answers import answer_accuracy
-from cllm.evaluation import (
-    DecodedText,
-    decode_texts,
-    encode_prompts,
-    negative_log_likelihoods,
-    summarise,
-)
-from cllm.files import write_atomically
-from cllm.training.collect.sources import Columns, Source, read_source
+from cllm.evaluation import DecodedText, decode_texts, negative_log_likelihoods, summarise
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import load, provenance, spread, write_record
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import load, provenance, spread, write_record
+from benchmarks.tasks import Kept, Task, read_tasks, weights_digest
 
 BASE = "base"
-_COLUMNS = ("prompt", "template", "id", "answer")
-
-
-@dataclass(frozen=True)
-class Task:
-    """Held-out prompts of one kind.
-
-    Attributes:
-        prompts: token ids of each.
-        answers: reference texts that end on a number, or None where there are none.
-    """
-
-    name: str
-    prompts: list[list[int]]
-    answers: list[str] | None
-    max_new_tokens: int
-
-
-def read_tasks(
-    path: Path, sources: dict[str, str], model: Any, tokenizer: Any, cap: int | None = None
-) -> list[Task]:
-    """The tasks of a YAML file: name to the fields of `Source`, ``prompt`` or ``template``,
-    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from, `cap`
-    bounds the tokens of a text."""
-    import yaml
-
-    tasks = []
-    for name, given in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        fields = dict(given)
-        columns = {key: fields.pop(key) for key in _COLUMNS if key in fields}
-        most = fields.pop("max_new_tokens", 128)
-        most = most if cap is None else min(most, cap)
-        hub = fields.pop("source")
-        fields["name"] = sources.get(name, hub)
-        if name in sources:  # a local copy has one configuration
-            fields.pop("config", None)
-        answer = columns.pop("answer", None)
-        source = Source(**fields)
-        rows = read_source(source, Columns(**columns, response=answer))
-        prompts = encode_prompts(model, tokenizer, [row.prompt for row in rows])
-        answers = None if answer is None else [str(row.response) for row in rows]
-        tasks.append(Task(name, prompts, answers, most))
-    return tasks
-
-
-class Kept:
-    """Finished parts of the run on disk, each under a key of all that it depends on."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}-{digest}.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(make()).encode())
-        return json.loads(path.read_text())
-
-
-def weights_digest(model: Any) -> str:
-    """Names the weights, so that another model of the same folder is not taken for this one."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.flatten()
-        digest.update(name.encode())
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def trained(folder: str, base: Any) -> Any:

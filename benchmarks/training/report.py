@@ -8,13 +8,13 @@ docs/results.md, quality and speed of trained models. No number is written that 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import RESULTS, rewrite
+from benchmarks.pages import percent, ratio, record, rounds, signed, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = tuple(
@@ -22,45 +22,6 @@ MARKERS = tuple(
     for text in ("begin (written by benchmarks/training/report.py)", "end")
 )
 _MIB = 2**20
-
-
-def record(results: Path, name: str) -> dict[str, Any] | None:
-    """A CPU record, None where there is none."""
-    path = results / "cpu" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def source(one: dict[str, Any], name: str, **more: Any) -> str:
-    """Where the numbers of a table come from."""
-    made = one.get("provenance", one)
-    extra = "".join(f", {value} {key}" for key, value in more.items())
-    return (
-        f"[Record](../benchmarks/results/cpu/{name}.json) of {made['date'][:10]}: "
-        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, "
-        f"transformers {made['transformers']}{extra}."
-    )
-
-
-def rounds(one: dict[str, Any]) -> dict[str, int]:
-    return {"round" if one["rounds"] == 1 else "rounds": one["rounds"]}
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines] + [""]
-
-
-def ratio(value: dict[str, float]) -> str:
-    return f"{value['median']:.2f} x ({value['low']:.2f} - {value['high']:.2f})"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
 
 
 def costs(results: Path) -> str:

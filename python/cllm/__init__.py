@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .training.trainer import ConsistencyTrainer
     from .training_patch import TrainingHandle, patch_training
     from .trajectory import Iteration, Trajectory, TrajectoryError
+    from .tuning import Tuning, tune
     from .verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "TrainingHandle",
     "Trajectory",
     "TrajectoryError",
+    "Tuning",
     "UnsupportedModelError",
     "UnsupportedOptionError",
     "Verification",
@@ -51,6 +53,7 @@ __all__ = [
     "patch",
     "patch_training",
     "patched",
+    "tune",
     "verify",
 ]
 
@@ -67,6 +70,7 @@ _HOMES = {
     ".training.trainer": ("ConsistencyTrainer",),
     ".training_patch": ("TrainingHandle", "patch_training"),
     ".trajectory": ("Iteration", "Trajectory", "TrajectoryError"),
+    ".tuning": ("Tuning", "tune"),
     ".verification": ("Verification", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

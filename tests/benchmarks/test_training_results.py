@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import harness
-from benchmarks.training import curves, held_out, report, tradeoff
+from benchmarks.training import held_out, report, tradeoff
 from tests.decoding.tiny_models import fresh_model
 from tests.decoding.tokenizer import letters_tokenizer
 from tests.training.tiny_trajectories import store
-
-
-@pytest.fixture
-def base(tmp_path):
-    """A folder with a tiny model and its tokenizer."""
-    folder = tmp_path / "base"
-    fresh_model("llama").save_pretrained(folder)
-    letters_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -37,42 +26,13 @@ def other(base, tmp_path):
     return folder
 
 
-@pytest.fixture
-def tasks(tmp_path):
-    rows = [("how many eggs", "#### 3"), ("a dog sat on", "#### 4"), ("the cat", "#### 5")]
-    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
-    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
-    path = tmp_path / "tasks.yaml"
-    path.write_text(
-        f"sums: {{source: {tmp_path / 'sums.jsonl'}, prompt: question, answer: answer, "
-        "max_new_tokens: 12, skip: 1}\n"
-        "talk: {source: nowhere.jsonl, template: '{question}?', limit: 2, max_new_tokens: 8}\n"
-    )
-    return path
-
-
-def run(monkeypatch, module, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
-    module.main()
-
-
-@pytest.fixture
-def results(monkeypatch, tmp_path):
-    folder = tmp_path / "results"
-    monkeypatch.setattr(harness, "RESULTS", folder)
-    monkeypatch.setattr("harness.RESULTS", folder, raising=False)
-    for module in (curves, held_out):
-        monkeypatch.setattr(module, "write_record", harness.write_record)
-    return folder
-
-
-def test_held_out_results(monkeypatch, base, other, tasks, results, tmp_path):
+def test_held_out_results(monkeypatch, run, base, other, tasks, results, tmp_path):
     arguments = (
         *("--base", base, "--model", f"other={other}", "--tasks", tasks),
         *("--data", f"talk={tmp_path / 'sums.jsonl'}", "--work", tmp_path / "work"),
         *("--speed-prompts", 2, "--batch-size", 2, "--record", "cpu"),
     )
-    run(monkeypatch, held_out, *arguments)
+    run(held_out, *arguments)
     path = results / "cpu" / "cllm_held_out.json"
     record = json.loads(path.read_text())
     assert {name: task["prompts"] for name, task in record["tasks"].items()} == {
@@ -97,7 +57,7 @@ def test_held_out_results(monkeypatch, base, other, tasks, results, tmp_path):
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(held_out, "decode_texts", never)
-    run(monkeypatch, held_out, *arguments)
+    run(held_out, *arguments)
     again = json.loads(path.read_text())
     assert [task["models"] for task in again["tasks"].values()] == [
         task["models"] for task in record["tasks"].values()
@@ -107,7 +67,7 @@ def test_held_out_results(monkeypatch, base, other, tasks, results, tmp_path):
         model.lm_head.weight.mul_(-1.0)
     model.save_pretrained(other)
     with pytest.raises(AssertionError, match="decoded again"):
-        run(monkeypatch, held_out, *arguments)
+        run(held_out, *arguments)
 
     for name in ("performance.md", "results.md"):
         (tmp_path / name).write_text("above\n{}\n{}\nbelow\n".format(*report.MARKERS))
@@ -122,7 +82,7 @@ def test_held_out_results(monkeypatch, base, other, tasks, results, tmp_path):
 
 
 @pytest.mark.slow
-def test_tradeoff(monkeypatch, base, results, tmp_path):
+def test_tradeoff(run, base, results, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     data = store(tmp_path / "data", model, letters_tokenizer(), 6)
     (tmp_path / "eval.jsonl").write_text('{"prompt": "the cat"}\n')
@@ -136,15 +96,15 @@ def test_tradeoff(monkeypatch, base, results, tmp_path):
         *(recipe, "--work", tmp_path / "runs", "--teachers", "base", "--ar-weights", 1, 10),
         *("--plot", tmp_path / "plot.png", "--", "--max-steps", 1, "--no-stop-on-quality"),
     )
-    run(monkeypatch, tradeoff, *arguments)
+    run(tradeoff, *arguments)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     logs = [tmp_path / "runs" / f"base-{weight}.log" for weight in (1, 10)]
     finished = [log.stat().st_mtime_ns for log in logs]
-    run(monkeypatch, tradeoff, *arguments)
+    run(tradeoff, *arguments)
     assert [log.stat().st_mtime_ns for log in logs] == finished  # not made again
     with pytest.raises(SystemExit, match="base-3 ended with exit code 2; see"):
         run(
-            monkeypatch, tradeoff, recipe, "--work", tmp_path / "runs", "--teachers", "base",
+            tradeoff, recipe, "--work", tmp_path / "runs", "--teachers", "base",
             "--ar-weights", 3, "--", "--eval-steps", "often",
         )  # fmt: skip
 

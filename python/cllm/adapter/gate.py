@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-
-from ..traits import UnsupportedModelError
 
 
 class Gate(threading.local):
@@ -30,42 +25,3 @@ class Gate(threading.local):
     def rows(self) -> tuple[int, int, int] | None:
         """(first, batch, width) while open, None while closed."""
         return self._rows
-
-
-def low_rank_hook(
-    gate: Gate, name: str, a: torch.Tensor, b: torch.Tensor
-) -> Callable[[torch.nn.Module, Any, Any], None]:
-    """A forward hook that adds ``(x @ a^T) @ b^T`` in place to the gated rows of a module's output.
-
-    The other rows are not touched: no product with a mask, so their bits are the base model's.
-
-    Args:
-        name: of the module, for messages.
-        a: [r, in] and b: [out, r] on the device of the module, in the dtype to multiply in; the
-            scale is in b.
-    """
-
-    def add(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        rows = gate.rows()
-        if rows is None:
-            return
-        first, batch, width = rows
-        x: Any = inputs[0] if inputs else None
-        for tensor in (x, output):
-            if not isinstance(tensor, torch.Tensor) or tensor.shape[:-1] not in (
-                (batch, width),
-                (batch * width,),
-            ):
-                raise UnsupportedModelError(
-                    f"{name} does not see the window's tokens in order, so the adapter cannot "
-                    "be told from the base there; train one without this target"
-                )
-        gated = x.reshape(batch, width, -1)[:, first:].to(a.dtype)
-        shrunk = torch.nn.functional.linear(gated, a)
-        target = output.view(batch, width, -1)[:, first:]
-        if batch == 1 and target.dtype == shrunk.dtype:
-            target[0].addmm_(shrunk[0], b.t())  # product and sum in one
-        else:
-            target.add_(torch.nn.functional.linear(shrunk, b))
-
-    return add

@@ -15,7 +15,8 @@ import torch
 from ..traits import unwrapped
 from .errors import AdapterError
 from .fingerprint import base_fingerprint
-from .gate import Gate, low_rank_hook
+from .gate import Gate
+from .low_rank import LowRankRows
 from .peft_format import find_folder, read_folder, write_folder
 from .peft_model import adapters_off, live_weights
 from .weights import LowRank, base_layer, check_target, linear_targets
@@ -52,6 +53,9 @@ class GatedAdapter:
         self.weights = dict(weights)
         self.metadata = dict(metadata or {})
         self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
+        # of modules that read one input, see `LowRankRows`
+        self._groups: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], ...]]
+        self._groups = weakref.WeakKeyDictionary()
         self._warned = False
         self._lock = threading.Lock()
 
@@ -236,6 +240,7 @@ class GatedAdapter:
         self.check(model)
         base = unwrapped(model)
         gate = Gate()
+        rows = LowRankRows(gate, self._groups.get(base))
         hooks = []
         with adapters_off(base):
             try:
@@ -249,9 +254,12 @@ class GatedAdapter:
                     # scaled before it is rounded
                     precise = torch.promote_types(pair.b.dtype, torch.float32)
                     b = (pair.b.to(like.device, precise) * pair.scaling).to(dtype)
-                    hooks.append(module.register_forward_hook(low_rank_hook(gate, name, a, b)))
+                    hooks.append(module.register_forward_hook(rows.add(name, a, b)))
+                rows.stack()
                 yield gate
             finally:
+                if rows.groups is not None:
+                    self._groups[base] = rows.groups
                 for hook in hooks:
                     hook.remove()
 

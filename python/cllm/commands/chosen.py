@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError
+from .common import CommandError, load_adapter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,17 +65,7 @@ def given_adapter(source: str, loaded: LoadedModel, errors: Console) -> ChosenAd
     Raises:
         AdapterError: it cannot be read, or belongs to another model.
     """
-    from ..adapter import GatedAdapter
-
-    adapter = GatedAdapter.load(source)
-    adapter.check(loaded.model)
-    if adapter.metadata.get("gated") is not True:  # Python's warnings are off here
-        errors.print(
-            f"{source} does not say that it was trained with the gate: same text, fewer right "
-            "guesses",
-            markup=False,
-            soft_wrap=True,
-        )
+    adapter = load_adapter(source, loaded, errors)
     return ChosenAdapter(Path(source).name if Path(source).is_dir() else source, adapter)
 
 

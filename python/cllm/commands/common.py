@@ -15,8 +15,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..adapter import GatedAdapter
     from ..decoding import JacobiConfig
     from ..models import LoadedModel
+    from ..prompts import Prompt
 
 
 class CommandError(Exception):
@@ -165,6 +167,48 @@ def load(
             default_model.ensure_converted(progress)
     with console.status(f"loading {name or default_model.NAME}"):
         return load_model(name, dtype=DTYPES[dtype.value], device=where)
+
+
+def load_adapter(source: str, loaded: LoadedModel, errors: Console) -> GatedAdapter:
+    """The gated adapter at `source`, checked against the model; a line on `errors` where it does
+    not say that it was trained with the gate.
+
+    Raises:
+        AdapterError: it cannot be read, or belongs to another model.
+    """
+    from ..adapter import GatedAdapter
+
+    adapter = GatedAdapter.load(source)
+    adapter.check(loaded.model)
+    if adapter.metadata.get("gated") is not True:  # Python's warnings are off here
+        errors.print(
+            f"{source} does not say that it was trained with the gate: same text, fewer right "
+            "guesses",
+            markup=False,
+            soft_wrap=True,
+        )
+    return adapter
+
+
+def choose_prompts(
+    given: list[str] | None, file: Path | None, limit: int | None, shipped: int
+) -> list[Prompt]:
+    """The first `limit` prompts of --prompt or --prompts, else `shipped` of those in the package.
+
+    Raises:
+        CommandError: if both are given.
+    """
+    from ..prompts import Prompt, read_prompts, shipped_prompts
+
+    if given and file:
+        raise CommandError("give --prompt or --prompts, not both")
+    if given:
+        chosen = [Prompt(f"prompt {number}", text) for number, text in enumerate(given, 1)]
+    elif file:
+        chosen = read_prompts(file)
+    else:
+        chosen, limit = shipped_prompts(), limit or shipped
+    return chosen[:limit]
 
 
 def _quieten() -> None:

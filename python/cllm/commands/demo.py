@@ -23,6 +23,7 @@ from .common import (
     ModeOption,
     SeedOption,
     ThreadsOption,
+    choose_prompts,
     decoding_config,
     diagnostics,
     load,
@@ -119,21 +120,10 @@ def demo(
     debug: DebugOption = False,
 ) -> int:
     """Decode prompts one token at a time and by Jacobi iteration, and compare."""
-    from ..prompts import Prompt, read_prompts, shipped_prompts
-
-    if prompt and prompts:
-        raise CommandError("give --prompt or --prompts, not both")
     if report is not None and no_report:
         raise CommandError("give --report or --no-report, not both")
     _check_adapter_options(adapter, no_adapter, block_size, verify_size)
-    if prompt:
-        chosen = [Prompt(f"prompt {number}", text) for number, text in enumerate(prompt, 1)]
-    elif prompts:
-        chosen = read_prompts(prompts)
-    else:
-        chosen = shipped_prompts()
-        limit = limit or DEFAULT_LIMIT
-    chosen = chosen[:limit]
+    chosen = choose_prompts(prompt, prompts, limit, DEFAULT_LIMIT)
     folder = None
     if not no_report and (report is not None or not as_json):
         folder = writable_folder(report or DEFAULT_REPORT)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .chosen import given_adapter
 from .common import (
     AdapterOption,
     BlockSizeOption,
@@ -33,6 +32,7 @@ from .common import (
     decoding_config,
     diagnostics,
     load,
+    load_adapter,
 )
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def generate(
 
     def start() -> _Run:
         loaded = load(model, dtype, device, threads, errors)
-        chosen_adapter = None if adapter is None else given_adapter(adapter, loaded, errors).adapter
+        chosen_adapter = None if adapter is None else load_adapter(adapter, loaded, errors)
         run = _Run(loaded, config, max_new_tokens, errors, chosen_adapter)
         run.encode(chosen, system, not no_chat_template)
         return run

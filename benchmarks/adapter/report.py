@@ -1,0 +1,160 @@
+"""Writes what the gated adapter gains and costs into docs/results.md, from the records.
+
+    python benchmarks/adapter/report.py
+
+One section between markers. No number is written that is not in a record.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import RESULTS, rewrite
+from benchmarks.pages import ratio, record, source, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKERS = tuple(
+    f"<!-- adapter: {text} -->"
+    for text in ("begin (written by benchmarks/adapter/report.py)", "end")
+)
+_MIB = 2**20
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def section(results: Path) -> str:
+    """Held-out prompts, then the gate's cost."""
+    lines: list[str] = []
+    held_out = record(results, "adapter_held_out")
+    if held_out is not None:
+        lines += held_out_section(held_out)
+    costs = {dtype: record(results, f"gate_cost_{dtype}") for dtype in _DTYPES}
+    lines += cost_section({dtype: one for dtype, one in costs.items() if one is not None})
+    return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
+
+
+def window(sizes: dict[str, Any] | None) -> str:
+    if sizes is None:
+        return ""
+    verify = sizes["verify_size"]
+    return f"n = {sizes['block_size']}" + ("" if verify is None else f", v = {verify}")
+
+
+def same(found: dict[str, Any]) -> str:
+    """How many texts equal HuggingFace's, and what the others are."""
+    equal = found["texts"] - found["mismatches"]
+    text = f"{equal} of {found['texts']}"
+    if found["mismatches"]:
+        wrong = found["mismatches"] - found["near_ties"]
+        text += f" ({found['near_ties']} near-ties, {wrong} wrong)"
+    return text
+
+
+def held_out_section(found: dict[str, Any]) -> list[str]:
+    adapter = found["adapter"]
+    ranks = ", ".join(map(str, adapter["ranks"]))
+    lines = [
+        "### Held-out prompts, with the adapter and without",
+        "",
+        source(found, "adapter_held_out"),
+        f"{found['base']}, adapter of rank {ranks}, {adapter['parameters']:,} parameters.",
+        "",
+        f"Forwards counted in fp32, {window(found['window'])} (plain: n alone), every one but the "
+        "prefill. Texts beside those of HuggingFace's greedy search of the base, one prompt at a "
+        "time, token for token; of one that differs, `cllm.verify` says whether a near-tie "
+        "explains it.",
+        "",
+    ]
+    rows = [
+        [
+            task, str(result["prompts"]), str(result["max_new_tokens"]), name,
+            f"{counted['tokens_per_forward']:.3f}",
+            same(counted) if "texts" in counted else "",
+        ]
+        for task, result in found["tasks"].items()
+        for name, counted in result["counted"].items()
+    ]  # fmt: skip
+    head = ["task", "prompts", "most tokens", "", "tokens per forward", "same text, fp32"]
+    lines += table(head, rows)
+    dtypes = [dtype for dtype in _DTYPES if dtype in found["sizes"]]
+    for dtype in dtypes:
+        rows = [
+            [
+                task, name, window(speed["window"]), f"{speed['tokens_per_forward']:.3f}",
+                f"{speed['tokens_per_second']['median']:.1f}",
+                ratio(speed["ratio_to_huggingface"]), same(speed),
+            ]
+            for task, result in found["tasks"].items()
+            for name, speed in result["speed"][dtype].items()
+        ]  # fmt: skip
+        head = [
+            "task", "contender", "window", "tokens per forward", "tokens/s",
+            "of HuggingFace greedy (quartiles)", "same text",
+        ]  # fmt: skip
+        lines += [
+            f"Against the clock in {dtype}, prompt by prompt in turn, batch 1, at the sizes that "
+            "`cllm tune` found on a few of these prompts:",
+            "",
+            *table(head, rows),
+        ]
+    return lines
+
+
+def cost_section(costs: dict[str, dict[str, Any]]) -> list[str]:
+    if not costs:
+        return []
+    lines = ["### What the gate costs", ""]
+    rows = []
+    for dtype, found in costs.items():
+        ranks = ", ".join(map(str, found["ranks"]))
+        lines.append(
+            source(found, f"gate_cost_{dtype}", rounds=found["rounds"])
+            + f" {found['base']}, {dtype}, rank {ranks} on {found['modules']} modules, "
+            f"{found['context']} tokens in the cache."
+        )
+        for entry in found["sizes"]:
+            milliseconds = entry["milliseconds"]
+            rows.append(
+                [
+                    dtype, f"{entry['rows'] // 2}", f"{milliseconds['plain']['median']:.1f} ms",
+                    f"{milliseconds['gated']['median']:.1f} ms", ratio(entry["ratio"]["twice"]),
+                    ratio(entry["ratio"]["gated"]),
+                ]
+            )  # fmt: skip
+    head = [
+        "dtype", "n = v", "plain, 2n rows", "gated, n + n rows",
+        "window twice, no adapter (quartiles)", "gated (quartiles)",
+    ]  # fmt: skip
+    lines += ["", *table(head, rows)]
+    memory_rows = []
+    for dtype, found in costs.items():
+        memory = found["memory"]
+        plain, gated = memory["cache"]["plain"], memory["cache"]["gated"]
+        memory_rows.append(
+            [
+                dtype, f"{memory['base_bytes'] / _MIB:.1f} MiB",
+                f"{memory['adapter_bytes'] / _MIB:.1f} MiB",
+                f"{memory['adapter_bytes_while_decoding'] / _MIB:.1f} MiB",
+                f"{gated['slots'] - plain['slots']} of {gated['slots']}",
+                f"{(gated['slots'] - plain['slots']) * gated['bytes_per_slot'] / _MIB:.2f} MiB",
+                f"{(gated['allocated_bytes'] - plain['allocated_bytes']) / _MIB:.2f} MiB",
+            ]
+        )  # fmt: skip
+    head = [
+        "dtype", "base", "adapter", "its copy while decoding", "cache slots of one more window",
+        "their size", "allocated beyond plain decoding",
+    ]  # fmt: skip
+    return [*lines, f"Memory, n = v = {next(iter(costs.values()))['memory']['n']}:", "",
+            *table(head, memory_rows)]  # fmt: skip
+
+
+def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    page = docs / "results.md"
+    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

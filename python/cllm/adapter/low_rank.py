@@ -1,0 +1,187 @@
+"""The low-rank term of gated rows: ``(x @ a^T) @ b^T``, added to a module's output in place.
+
+Modules that read one input (query, key and value projections; gate and up projections) have their
+A matrices stacked, so that one product serves all of them. Which modules do is seen, not guessed:
+in the first gated forward, by the tensor that they are handed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..traits import UnsupportedModelError
+from .gate import Gate
+
+Hook = Callable[[torch.nn.Module, Any, Any], None]
+
+
+class _Part:
+    """One module's matrices.
+
+    Attributes:
+        a: [r, in]; within its group's stack, where it has a group.
+        b: [r, out], transposed, with the scale in it.
+        group: of modules that read the same input, None for a module alone.
+        columns: of the group's product [.., sum of r] that are this module's.
+    """
+
+    def __init__(self, name: str, a: Tensor, b: Tensor) -> None:
+        self.name = name
+        self.a = a
+        self.b = b.t()
+        self.group: _Group | None = None
+        self.columns = slice(0, a.shape[0])
+
+
+class _Group:
+    """Modules that read one input.
+
+    Attributes:
+        first: the part whose module runs first.
+        stack: [sum of r, in].
+    """
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self.first = parts[0]
+        self.stack = torch.cat([part.a for part in parts])
+        start = 0
+        for part in parts:
+            part.columns = slice(start, start := start + part.a.shape[0])
+            part.a = self.stack[part.columns]
+            part.group = self
+
+
+class _Seen(threading.local):
+    """What a thread's forward has come by.
+
+    Attributes:
+        x, version, rows: the input of the latest product that others may share, its version, and
+            the opening of the gate.
+        product: [rows, sum of r] of `x` and the stack of `group`.
+        runs: while groups are unknown, the parts in the order they ran, neighbours of one input
+            together.
+    """
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.version = 0
+        self.rows: tuple[int, int, int] | None = None
+        self.group: _Group | None = None
+        self.product: Tensor | None = None
+        self.runs: list[list[_Part]] = []
+
+
+class LowRankRows:
+    """Makes the hooks of the modules that an adapter targets.
+
+    Args:
+        gate: says which rows get the term. The others are not touched: no product with a mask, so
+            their bits are the base model's.
+        groups: names of modules that read one input, as `groups` of an earlier one; None: they are
+            found in the first gated forward.
+    """
+
+    def __init__(self, gate: Gate, groups: tuple[tuple[str, ...], ...] | None = None) -> None:
+        self.gate = gate
+        self.groups = groups
+        self._parts: dict[str, _Part] = {}
+        self._seen = _Seen()
+
+    def add(self, name: str, a: Tensor, b: Tensor) -> Hook:
+        """A forward hook of the module called `name`.
+
+        Args:
+            a: [r, in] and b: [out, r] on the device of the module, in the dtype to multiply in; the
+                scale is in b.
+        """
+        part = self._parts[name] = _Part(name, a, b)
+        gate = self.gate
+
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            rows = gate.rows()
+            if rows is None:
+                return
+            first, batch, width = rows
+            x: Any = inputs[0] if inputs else None
+            for tensor in (x, output):
+                if not isinstance(tensor, Tensor) or tensor.shape[:-1] not in (
+                    (batch, width),
+                    (batch * width,),
+                ):
+                    raise UnsupportedModelError(
+                        f"{name} does not see the window's tokens in order, so the adapter cannot "
+                        "be told from the base there; train one without this target"
+                    )
+            shrunk = self._shrunk(part, x, rows)
+            if batch == 1:
+                target = output.view(width, -1)[first:]
+                if target.dtype == shrunk.dtype:
+                    target.addmm_(shrunk, part.b)  # product and sum in one
+                    return
+            else:
+                target = output.view(batch, width, -1)[:, first:]
+            target.add_(shrunk @ part.b)
+
+        return hook
+
+    def stack(self) -> None:
+        """Once every module has its hook: stack what is known to read one input."""
+        for names in self.groups or ():
+            parts = [self._parts[name] for name in names]
+            if _stackable(parts):  # the model may have been moved since they were found
+                _Group(parts)
+
+    def _shrunk(self, part: _Part, x: Tensor, rows: tuple[int, int, int]) -> Tensor:
+        """x @ a^T of the gated rows: [width - first, r] in a batch of 1, else [B, ., r]."""
+        seen = self._seen
+        if x.is_inference():  # nobody would tell if it were changed between two modules
+            return _product(part.a, x, rows)
+        if self.groups is None:
+            self._look(part, x)
+        group = part.group
+        if group is None:
+            return _product(part.a, x, rows)
+        # every opening of the gate has a tuple of its own: nothing outlives its forward
+        same = seen.x is x and seen.version == x._version and seen.rows is rows
+        if same and seen.group is group:
+            assert seen.product is not None
+            return seen.product[..., part.columns]
+        if part is not group.first:
+            return _product(part.a, x, rows)
+        product = _product(group.stack, x, rows)
+        seen.x, seen.version, seen.rows = x, x._version, rows
+        seen.group, seen.product = group, product
+        return product[..., part.columns]
+
+    def _look(self, part: _Part, x: Tensor) -> None:
+        """Note which modules read one input, until the second forward begins."""
+        seen = self._seen
+        if any(part in run for run in seen.runs):
+            seen.x = None
+            runs, seen.runs = seen.runs, []
+            names = [tuple(part.name for part in run) for run in runs if _stackable(run)]
+            self.groups = tuple(names)
+            self.stack()
+            return
+        if seen.runs and seen.x is x and seen.version == x._version:
+            seen.runs[-1].append(part)
+        else:
+            seen.runs.append([part])
+        seen.x, seen.version, seen.group = x, x._version, None
+
+
+def _stackable(parts: list[_Part]) -> bool:
+    kinds = {(part.a.dtype, part.a.device) for part in parts}
+    return len(parts) > 1 and len(kinds) == 1
+
+
+def _product(a: Tensor, x: Tensor, rows: tuple[int, int, int]) -> Tensor:
+    """x @ a^T of the gated rows."""
+    first, batch, width = rows
+    gated = x.reshape(width, -1)[first:] if batch == 1 else x.reshape(batch, width, -1)[:, first:]
+    return torch.nn.functional.linear(gated.to(a.dtype), a)

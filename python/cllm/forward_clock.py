@@ -1,0 +1,95 @@
+"""How long one forward of decoding takes, by its rows: `ForwardClock`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+import cllm_kernels
+
+from .adapter import Gate, GatedAdapter
+from .decoding.forward import BlockForward, choose_layout
+from .decoding.support import check_model, model_device
+
+
+class ForwardClock:
+    """A prompt in the cache, and forwards of any width behind it, against the clock.
+
+    The prompt is read once, not once a width. A forward is the model's with its masks, the argmax
+    of every row, and its transfer to the host, as in an iteration of decoding; what an iteration
+    does beside it takes a few launches of small kernels.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        prompt: token ids [P], P >= 1.
+        room: tokens that the cache must have room for behind the prompt, the largest window
+            included: attention's time depends on it.
+        adapter: of gated forwards.
+
+    Raises:
+        UnsupportedModelError, AdapterError: as `cllm.generate`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, prompt: Sequence[int], room: int, adapter: GatedAdapter | None = None
+    ):
+        self._model = model
+        self._adapter = adapter
+        traits = check_model(model)
+        ids = torch.tensor([list(prompt)], device=model_device(model))
+        self._tokens = ids
+        self._lengths = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        self._forwards = {}
+        for gated in (False, True) if adapter is not None else (False,):
+            layout = choose_layout(model, traits, ids[0], gated=gated)
+            forward = BlockForward(
+                model, traits, batch=1, slots=ids.shape[1] + room, device=ids.device,
+                position_limit=traits.context, layout=layout,
+            )  # fmt: skip
+            with layout.applied(model):
+                if ids.shape[1] > 1:
+                    forward.prefill(ids[:, :-1], self._lengths)
+            self._forwards[gated] = forward, layout
+
+    def plain(self, rows: int, forwards: int) -> float:
+        """Seconds of a forward over a window of `rows` tokens, the mean of so many."""
+        return self._run(rows, None, forwards)
+
+    def gated(self, verify: int, block_size: int, forwards: int, *, adapter: bool = True) -> float:
+        """Seconds of a forward over `verify` + `block_size` rows, the mean of so many.
+
+        Args:
+            adapter: False: without the adapter, to see what the window that stands twice costs.
+
+        Raises:
+            ValueError: there is no adapter.
+        """
+        if self._adapter is None:
+            raise ValueError("a gated forward needs an adapter; pass one to ForwardClock")
+        return self._run(block_size, verify, forwards, adapter)
+
+    @torch.no_grad()
+    def _run(self, width: int, verify: int | None, forwards: int, adapter: bool = False) -> float:
+        forward, layout = self._forwards[verify is not None]
+        columns = torch.arange(width, device=self._tokens.device) % self._tokens.shape[1]
+        window = self._tokens[:, columns].contiguous()
+        host_lengths = self._lengths.tolist()
+        with ExitStack() as stack:
+            stack.enter_context(layout.applied(self._model))
+            gate = Gate()
+            if adapter and self._adapter is not None:
+                gate = stack.enter_context(self._adapter.applied(self._model))
+            started = time.perf_counter()
+            for _ in range(forwards):
+                if verify is None:
+                    logits = forward.window(window, self._lengths, host_lengths)
+                else:
+                    with gate.open(verify, 1, verify + width):
+                        logits = forward.gated_window(window, verify, self._lengths, host_lengths)
+                cllm_kernels.row_argmax(logits)[0].tolist()
+            return (time.perf_counter() - started) / forwards

@@ -1,0 +1,154 @@
+"""One product for modules that read one input, and for no others."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from cllm import GatedAdapter
+from cllm.adapter import Gate
+from cllm.adapter.low_rank import LowRankRows
+
+from ..decoding.tiny_models import prompts, tiny_model
+
+IN, OUT = 6, 5
+
+
+class Rows:
+    """Linear modules behind hooks, and what they should give."""
+
+    def __init__(self, ranks, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.gate = Gate()
+        self.rows = LowRankRows(self.gate)
+        self.modules, self.pairs = [], []
+        for number, rank in enumerate(ranks):
+            module = torch.nn.Linear(IN, OUT).to(dtype)
+            a, b = torch.randn(rank, IN, dtype=dtype), torch.randn(OUT, rank, dtype=dtype)
+            module.register_forward_hook(self.rows.add(str(number), a, b))
+            self.modules.append(module)
+            self.pairs.append((a, b))
+
+    def expected(self, number, x, first):
+        a, b = self.pairs[number]
+        module = self.modules[number]
+        plain = torch.nn.functional.linear(x, module.weight, module.bias)
+        gated = plain + x @ a.t() @ b.t()
+        return torch.cat([plain[:, :first], gated[:, first:]], dim=1)
+
+    def run(self, numbers, x, first):
+        batch, width = x.shape[:2]
+        with torch.no_grad(), self.gate.open(first, batch, width):
+            for number in numbers:
+                found = self.modules[number](x)
+                torch.testing.assert_close(found, self.expected(number, x, first))
+
+
+def count_products(monkeypatch):
+    from cllm.adapter import low_rank
+
+    calls, product = [], low_rank._product
+    monkeypatch.setattr(low_rank, "_product", lambda *given: calls.append(1) or product(*given))
+    return calls
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_products_are_shared_from_the_second_forward_on(monkeypatch, batch):
+    rows, calls = Rows([2, 3, 4, 2]), count_products(monkeypatch)
+    x, y = torch.randn(2, batch, 4, IN, dtype=torch.float64)
+
+    def forward():
+        rows.run([0, 1, 2], x, 1)
+        rows.run([3], y, 1)
+
+    forward()
+    assert len(calls) == 4 and rows.rows.groups is None
+    forward()
+    assert rows.rows.groups == (("0", "1", "2"),)
+    assert len(calls) == 4 + 2
+    forward()
+    assert len(calls) == 4 + 2 + 2
+
+
+def test_another_input_is_never_taken_for_the_shared_one():
+    rows = Rows([2, 3])
+    x, y = torch.randn(2, 1, 4, IN, dtype=torch.float64)
+    for _ in range(2):
+        rows.run([0, 1], x, 1)
+    assert rows.rows.groups == (("0", "1"),)
+    rows.run([0], x, 1)
+    rows.run([1], y, 1)  # another tensor
+    rows.run([0], x, 1)
+    rows.run([1], x.clone(), 1)  # equal, but not the same
+    rows.run([0], x, 1)
+    rows.run([1], x, 2)  # other rows
+    rows.run([0], x, 1)
+    x.mul_(-2.0)  # changed in place
+    rows.run([1], x, 1)
+    rows.run([1, 0, 1], y, 1)  # another order
+    with torch.inference_mode():
+        z = torch.randn(1, 4, IN, dtype=torch.float64)
+        rows.run([0, 1], z, 1)
+        z.mul_(-2.0)
+        rows.run([1], z, 1)
+
+
+def test_a_module_that_runs_twice_in_a_forward():
+    rows = Rows([2, 2, 2])
+    x, y = torch.randn(2, 1, 3, IN, dtype=torch.float64)
+    for _ in range(3):
+        rows.run([0, 1], x, 1)
+        rows.run([0, 1, 2], y, 1)
+    assert rows.rows.groups == (("0", "1"),)
+
+
+def test_other_dtypes_stand_alone():
+    rows = Rows([2, 2])
+    rows.modules[1].to(torch.float32)
+    x = torch.randn(1, 3, IN, dtype=torch.float64)
+    rows.rows._parts["1"].a = rows.rows._parts["1"].a.float()
+    rows.run([0], x, 1)
+    with torch.no_grad(), rows.gate.open(1, 1, 3):
+        rows.rows._look(rows.rows._parts["1"], x)
+        rows.rows._look(rows.rows._parts["0"], x)
+    assert rows.rows.groups == ()
+
+
+def test_of_a_real_model_they_are_kept_for_the_next_call():
+    model = tiny_model("llama")
+    adapter = GatedAdapter.random(model, 2, scale=0.5)
+    ids = prompts([6])["input_ids"]
+
+    def logits(times):
+        with torch.no_grad(), adapter.applied(model) as gate, gate.open(2, 1, 6):
+            return [model(input_ids=ids, use_cache=False).logits for _ in range(times)]
+
+    found = logits(2)
+    layers = model.config.num_hidden_layers
+    assert adapter._groups[model] == tuple(
+        tuple(f"model.layers.{layer}.{block}.{part}_proj" for part in parts)
+        for layer in range(layers)
+        for block, parts in (("self_attn", "qkv"), ("mlp", ("gate", "up")))
+    )
+    for later in (found[1], *logits(2)):
+        torch.testing.assert_close(later, found[0])
+        assert torch.equal(later[:, :2], found[0][:, :2])
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_inference_mode_gives_the_same(mode):
+    model = tiny_model("llama", torch.float64)
+    adapter = GatedAdapter.random(model, 2, scale=0.5)
+    ids = prompts([6])["input_ids"]
+
+    def logits():
+        with adapter.applied(model) as gate, gate.open(0, 1, 6):
+            return [model(input_ids=ids, use_cache=False).logits for _ in range(3)]
+
+    with torch.no_grad():
+        expected = logits()[0]
+    with mode(), torch.no_grad():
+        for found in logits():
+            torch.testing.assert_close(found, expected)
