@@ -31,12 +31,31 @@ class Task:
     max_new_tokens: int
 
 
+def token_caps(given: list[str] | None) -> dict[str, int]:
+    """``["64", "gsm8k=128"]`` -> {"": 64, "gsm8k": 128}: most tokens of a text, "" for all tasks.
+
+    Raises:
+        ValueError: if one is no number.
+    """
+    caps = {}
+    for entry in given or []:
+        task, _, number = entry.rpartition("=")
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"--max-new-tokens takes N or TASK=N, not {entry!r}")
+        caps[task] = int(number)
+    return caps
+
+
 def read_tasks(
-    path: Path, sources: dict[str, str], model: Any, tokenizer: Any, cap: int | None = None
+    path: Path,
+    sources: dict[str, str],
+    model: Any,
+    tokenizer: Any,
+    caps: dict[str, int] | None = None,
 ) -> list[Task]:
     """The tasks of a YAML file: name to the fields of `Source`, ``prompt`` or ``template``,
-    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from, `cap`
-    bounds the tokens of a text."""
+    ``answer`` (a column) and ``max_new_tokens``; `sources` replaces where they are read from,
+    `caps` (of `token_caps`) bounds the tokens of a text."""
     import yaml
 
     tasks = []
@@ -44,7 +63,8 @@ def read_tasks(
         fields = dict(given)
         columns = {key: fields.pop(key) for key in _COLUMNS if key in fields}
         most = fields.pop("max_new_tokens", 128)
-        most = most if cap is None else min(most, cap)
+        caps = caps or {}
+        most = min(most, caps.get(name, caps.get("", most)))
         hub = fields.pop("source")
         fields["name"] = sources.get(name, hub)
         if name in sources:  # a local copy has one configuration

@@ -37,7 +37,7 @@ from cllm.tuning import Window
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record
-from benchmarks.tasks import Kept, Task, read_tasks, weights_digest
+from benchmarks.tasks import Kept, Task, read_tasks, token_caps, weights_digest
 
 HUGGINGFACE, PLAIN, GATED = "HuggingFace greedy", "Jacobi", "Jacobi, gated adapter"
 # a prompt's token ids and the most new tokens -> new token ids and forwards
@@ -180,7 +180,7 @@ class Run:
         self.key = [weights_digest(self.base), self.digest]
         sources = dict(entry.split("=", 1) for entry in options.data)
         tasks = read_tasks(
-            options.tasks, sources, self.base, self.tokenizer, options.max_new_tokens
+            options.tasks, sources, self.base, self.tokenizer, token_caps(options.max_new_tokens)
         )
         self.tasks = [
             replace(task, prompts=task.prompts[: options.limit])
@@ -276,7 +276,10 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--task", action="append", help="only this one; may be given again")
     parser.add_argument("--limit", type=int, help="at most so many prompts of a task, to try it")
-    parser.add_argument("--max-new-tokens", type=int, help="at most so many, where a task has more")
+    parser.add_argument(
+        "--max-new-tokens", action="append", metavar="[TASK=]N",
+        help="at most so many, where a task has more; may be given again",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=16, help="where forwards are counted")
     parser.add_argument("--verify-size", type=int, help="there; by default the block size")
     parser.add_argument("--batch-size", type=int, default=16, help="there")

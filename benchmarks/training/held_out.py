@@ -30,7 +30,7 @@ from cllm.evaluation import DecodedText, decode_texts, negative_log_likelihoods,
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record
-from benchmarks.tasks import Kept, Task, read_tasks, weights_digest
+from benchmarks.tasks import Kept, Task, read_tasks, token_caps, weights_digest
 
 BASE = "base"
 
@@ -135,7 +135,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="YAML, see recipes/held_out.yaml")
     parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--task", action="append", help="only this one; may be given again")
-    parser.add_argument("--max-new-tokens", type=int, help="at most so many, where a task has more")
+    parser.add_argument(
+        "--max-new-tokens", action="append", metavar="[TASK=]N",
+        help="at most so many, where a task has more; may be given again",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--speed-prompts", type=int, default=12, help="prompts against the clock")
@@ -150,7 +153,7 @@ def main() -> None:
     tokenizer.padding_side = "left"
     models = {BASE: base, **{name: trained(folder, base) for name, folder in folders.items()}}
     sources = dict(entry.split("=", 1) for entry in options.data)
-    tasks = read_tasks(options.tasks, sources, base, tokenizer, options.max_new_tokens)
+    tasks = read_tasks(options.tasks, sources, base, tokenizer, token_caps(options.max_new_tokens))
     if options.task:
         tasks = [task for task in tasks if task.name in options.task]
     kept = Kept(options.work)
