@@ -92,6 +92,7 @@ def outcomes(results: Path, docs: Path) -> str:
     for name, title, picture in (
         ("cllm_tradeoff", "Teacher and AR weight", "training_tradeoff_cpu.png"),
         ("cllm_curves", "The longer run", "training_curve_cpu.png"),
+        ("cllm_tiny", "From scratch: make train-tiny", "training_tiny_cpu.png"),
     ):
         found = record(results, name)
         if found is not None:
@@ -102,13 +103,18 @@ def outcomes(results: Path, docs: Path) -> str:
     if held_out is not None:
         for task, result in held_out["tasks"].items():
             lines += task_section(held_out, task, result)
-        if (docs / "trajectory_base_cllm.png").exists():
-            lines += [
-                "### One text, iteration by iteration",
-                "",
-                "![The base model and its consistency LLM](trajectory_base_cllm.png)",
-                "",
-            ]
+    pictures = [
+        (alt, picture)
+        for alt, picture in (
+            ("SmolLM2 and its consistency LLM", "trajectory_base_cllm.png"),
+            ("The tiny model and its consistency LLM", "trajectory_tiny.png"),
+        )
+        if (docs / picture).exists()
+    ]
+    if pictures:
+        lines += ["### One text, iteration by iteration", ""]
+        for alt, picture in pictures:
+            lines += [f"{alt}: the first held-out prompt.", "", f"![{alt}]({picture})", ""]
     return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
 
 
