@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import cllm
 import cllm_kernels
+from cllm.training.store import load_trajectories as load
 
 from .distributed_run import main
 from .sharded_run import steps as sharded_steps
@@ -91,6 +92,28 @@ def compare(alone, folder, result):
 def test_ddp_is_one_process(alone, trajectories, tmp_path):
     result = run(trajectories, tmp_path, per_device_train_batch_size=1)
     compare(alone, tmp_path, result)
+
+
+def test_visited_windows_are_those_of_one_process(trajectories, tmp_path):
+    """Each process moves the windows of its own responses, and all know them an epoch later."""
+    settings = {
+        **{name: value for name, value in SETTINGS.items() if not name.startswith("eval")},
+        **{"gated": True, "lora_r": 4, "learning_rate": 0.3, "gradient_accumulation_steps": 1},
+        **{"sampling": "visited", "states": 3, "window_size": 5},
+    }
+    # an epoch's last step is smaller where a process has no response left, so whole epochs only
+    steps = {"per_device_train_batch_size": 2, "max_steps": 3 * (len(load(trajectories)) // 2)}
+    main(str(trajectories), str(tmp_path / "alone"), json.dumps({**settings, **steps}))
+    alone = json.loads((tmp_path / "alone" / "result.json").read_text())
+    steps["per_device_train_batch_size"] = 1
+    given = json.dumps({**settings, **steps})
+    launch(["tests.training.distributed_run", str(trajectories), str(tmp_path / "two"), given])
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert (alone["processes"], two["processes"]) == (1, 2)
+    assert len(two["losses"]) == steps["max_steps"] > 6
+    for one, other in zip(alone["losses"], two["losses"], strict=True):
+        assert other == pytest.approx(one, rel=1e-6)
+    assert two["trained"] == alone["trained"]
 
 
 def test_fsdp2_is_one_process(trajectories, tmp_path):
