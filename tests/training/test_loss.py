@@ -10,7 +10,7 @@ import torch
 
 import cllm
 from cllm import ConsistencyConfig
-from cllm.training import packing
+from cllm.training import packed_sample
 from cllm.training.examples import BlockStates
 from cllm.training.packing import ConsistencyCollator
 from cllm.training.sampling import SampledDataset, SampledExample
@@ -234,7 +234,7 @@ def test_tokens_behind_the_end_of_text_count_nowhere():
 def test_rows_before_the_first_wrong_token_do_not_count(monkeypatch):
     samples = [SampledExample(random_example(1), [(0, 1), (1, 2), (2, 1)])]
     batch = batch_of(samples)
-    monkeypatch.setattr(packing, "first_difference", lambda left, right: 0)
+    monkeypatch.setattr(packed_sample, "first_difference", lambda left, right: 0)
     untrimmed = batch_of(samples)
     assert untrimmed["row_weights"].sum() > batch["row_weights"].sum()
     assert_changes_the_loss(exact_model(), samples, batch, untrimmed)
