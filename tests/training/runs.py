@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from transformers import TrainerCallback
 
 from cllm.training.arguments import ConsistencyTrainingArguments
 from cllm.training.trainer import ConsistencyTrainer
@@ -52,3 +54,41 @@ def losses(trainer: ConsistencyTrainer) -> list[tuple[float, float, float]]:
     names = ("loss", "consistency_loss", "ar_loss")
     history = trainer.state.log_history
     return [tuple(entry[name] for name in names) for entry in history if "loss" in entry]
+
+
+def parameters(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def assert_same_parameters(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=tolerance)
+
+
+class StopAt(TrainerCallback):
+    """Interrupts a run right after a step, as a user does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def whole_and_interrupted(
+    make_trainer: Any, folder: Path, step: int, settings: dict[str, Any]
+) -> tuple[ConsistencyTrainer, ConsistencyTrainer]:
+    """A run, in ``folder/whole``, and the same interrupted at `step` and resumed, in
+    ``folder/parts``."""
+    whole = make_trainer(**{**settings, "output_dir": str(folder / "whole")})
+    whole.train()
+    settings = {**settings, "output_dir": str(folder / "parts")}
+    first = make_trainer(**settings)
+    first.add_callback(StopAt(step))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = make_trainer(**settings)
+    second.train(resume_from_checkpoint=True)
+    return whole, second

@@ -15,8 +15,13 @@ from cllm.training.trainer import ConsistencyTrainer
 from tests.decoding.tiny_models import fresh_model, prompts
 from tests.decoding.tokenizer import letters_tokenizer
 
-from .runs import EVAL_PROMPTS, losses
-from .test_trainer import StopAt, assert_same_parameters, parameters
+from .runs import (
+    EVAL_PROMPTS,
+    assert_same_parameters,
+    losses,
+    parameters,
+    whole_and_interrupted,
+)
 
 GATED = {"gated": True, "lora_r": 4, "learning_rate": 2e-2, "stop_on_quality": False}
 
@@ -115,15 +120,7 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         "prompts": EVAL_PROMPTS[:1],
         "eval_max_new_tokens": 6,
     }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
-    whole.train()
-    settings["output_dir"] = str(tmp_path / "parts")
-    first = make_trainer(**settings)
-    first.add_callback(StopAt(5))
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    second = make_trainer(**settings)
-    second.train(resume_from_checkpoint=True)
+    whole, second = whole_and_interrupted(make_trainer, tmp_path, 5, settings)
     assert losses(second) == losses(whole) and len(losses(whole)) == 6
     assert_same_parameters(parameters(whole), parameters(second), 0)
     assert second.meter.state() == whole.meter.state()

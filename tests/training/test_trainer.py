@@ -15,17 +15,13 @@ from cllm.training.trainer import NonFiniteLossError
 from tests.decoding.tiny_models import fresh_model
 from tests.decoding.tokenizer import letters_tokenizer
 
-from .runs import EVAL_PROMPTS, losses
-
-
-def parameters(trainer):
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-def assert_same_parameters(left, right, tolerance):
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(value, right[name], rtol=0, atol=tolerance)
+from .runs import (
+    EVAL_PROMPTS,
+    assert_same_parameters,
+    losses,
+    parameters,
+    whole_and_interrupted,
+)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -174,17 +170,6 @@ def likelihoods(trainer):
     return [entry["eval_nll_under_base"] for entry in history if "eval_tokens" in entry]
 
 
-class StopAt(TrainerCallback):
-    """Interrupts a run right after a step, as a user does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -208,17 +193,7 @@ def test_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path, set
         "eval_max_new_tokens": 6,
         **settings,
     }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
-    whole.train()
-
-    settings["output_dir"] = str(tmp_path / "parts")
-    first = make_trainer(**settings)
-    first.add_callback(StopAt(7))
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    second = make_trainer(**settings)
-    second.train(resume_from_checkpoint=True)
-
+    whole, second = whole_and_interrupted(make_trainer, tmp_path, 7, settings)
     assert second.state.global_step == 9
     assert len(losses(whole)) == 9
     assert losses(second) == losses(whole)

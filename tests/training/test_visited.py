@@ -23,8 +23,13 @@ from tests.training.definition import divergence, logits_of, random_example
 from tests.training.exact import FAMILIES, exact_model
 from tests.training.gated_definition import adapted, gated_logits
 
-from .runs import EVAL_PROMPTS, losses
-from .test_trainer import StopAt, assert_same_parameters, parameters
+from .runs import (
+    EVAL_PROMPTS,
+    assert_same_parameters,
+    losses,
+    parameters,
+    whole_and_interrupted,
+)
 
 CONFIG = ConsistencyConfig(gated=True, sampling="visited", states=3, window_size=5)
 RUN = {
@@ -247,15 +252,7 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         "save_strategy": "steps",
         "save_steps": 2,
     }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
-    whole.train()
-    settings["output_dir"] = str(tmp_path / "parts")
-    first = make_trainer(**settings)
-    first.add_callback(StopAt(5))
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    second = make_trainer(**settings)
-    second.train(resume_from_checkpoint=True)
+    whole, second = whole_and_interrupted(make_trainer, tmp_path, 5, settings)
     assert losses(second) == losses(whole) and len(losses(whole)) == 9
     assert_same_parameters(parameters(whole), parameters(second), 0)
     for name, value in whole.examples.windows.state().items():
@@ -265,7 +262,7 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         ({"states": 5}, "the checkpoint's windows are not those of this data"),
         ({"window_size": 7}, "guesses is"),
     ):
-        other = make_trainer(**{**settings, **changes})
+        other = make_trainer(**{**settings, **changes, "output_dir": str(tmp_path / "parts")})
         with pytest.raises(ValueError, match=message):
             other.train(resume_from_checkpoint=True)
     sliding = {**settings, "sampling": "sliding", "window_size": None}

@@ -62,6 +62,25 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
+# of the prompts that ship with the package, where none are given
+_SHIPPED_PROMPTS = 4
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="A prompt of your own; may be given several times."),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", metavar="FILE.jsonl", help='One {"prompt": "..."} a line.'),
+]
+PromptLimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        help=f"Use the first N prompts.  [default: {_SHIPPED_PROMPTS} of the 40 that ship with "
+        "the package, all of your own]",
+    ),
+]
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate for a prompt.")
 ]
@@ -190,10 +209,8 @@ def load_adapter(source: str, loaded: LoadedModel, errors: Console) -> GatedAdap
     return adapter
 
 
-def choose_prompts(
-    given: list[str] | None, file: Path | None, limit: int | None, shipped: int
-) -> list[Prompt]:
-    """The first `limit` prompts of --prompt or --prompts, else `shipped` of those in the package.
+def choose_prompts(given: list[str] | None, file: Path | None, limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of --prompt or --prompts, else of those in the package.
 
     Raises:
         CommandError: if both are given.
@@ -207,7 +224,7 @@ def choose_prompts(
     elif file:
         chosen = read_prompts(file)
     else:
-        chosen, limit = shipped_prompts(), limit or shipped
+        chosen, limit = shipped_prompts(), limit or _SHIPPED_PROMPTS
     return chosen[:limit]
 
 

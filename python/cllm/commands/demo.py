@@ -21,6 +21,9 @@ from .common import (
     Mode,
     ModelOption,
     ModeOption,
+    PromptLimitOption,
+    PromptOption,
+    PromptsOption,
     SeedOption,
     ThreadsOption,
     choose_prompts,
@@ -41,29 +44,14 @@ if TYPE_CHECKING:
     from .measure import Measurement, PromptResult
     from .view import LiveView, PlainView
 
-DEFAULT_LIMIT = 4
 DEFAULT_REPORT = Path("cllm-demo-report")
 
 
 def demo(
     model: ModelOption = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="A prompt of your own; may be given several times."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE.jsonl", help='One {"prompt": "..."} a line.'),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            min=1,
-            help=f"Use the first N prompts.  [default: {DEFAULT_LIMIT} of the 40 that ship with "
-            "the package, all of your own]",
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    limit: PromptLimitOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     block_size: Annotated[
         int | None,
@@ -123,7 +111,7 @@ def demo(
     if report is not None and no_report:
         raise CommandError("give --report or --no-report, not both")
     _check_adapter_options(adapter, no_adapter, block_size, verify_size)
-    chosen = choose_prompts(prompt, prompts, limit, DEFAULT_LIMIT)
+    chosen = choose_prompts(prompt, prompts, limit)
     folder = None
     if not no_report and (report is not None or not as_json):
         folder = writable_folder(report or DEFAULT_REPORT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +17,9 @@ from .common import (
     DtypeOption,
     MaxNewTokensOption,
     ModelOption,
+    PromptLimitOption,
+    PromptOption,
+    PromptsOption,
     ThreadsOption,
     choose_prompts,
     diagnostics,
@@ -33,29 +35,13 @@ if TYPE_CHECKING:
 
     from ..tuning import Measured, Progress, Spread, Tuning, Window
 
-DEFAULT_LIMIT = 4
-
 
 def tune(
     model: ModelOption = None,
     adapter: AdapterOption = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="A prompt of your own; may be given several times."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE.jsonl", help='One {"prompt": "..."} a line.'),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            min=1,
-            help=f"Use the first N prompts.  [default: {DEFAULT_LIMIT} of the 40 that ship with "
-            "the package, all of your own]",
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    limit: PromptLimitOption = None,
     max_new_tokens: MaxNewTokensOption = 64,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
@@ -66,7 +52,7 @@ def tune(
     debug: DebugOption = False,
 ) -> int:
     """Find the block size (with --adapter: and the verify size) that decodes fastest here."""
-    chosen = choose_prompts(prompt, prompts, limit, DEFAULT_LIMIT)
+    chosen = choose_prompts(prompt, prompts, limit)
     errors = diagnostics()
     loaded = load(model, dtype, device, threads, errors)
     gated = None if adapter is None else load_adapter(adapter, loaded, errors)
