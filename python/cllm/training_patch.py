@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .head import LanguageHead, takes
+from .training.clean_cache import CleanCache
 from .training.config import ConsistencyConfig
 from .training.gate import AdapterGate
 from .training.loss import packed_loss
@@ -203,6 +204,8 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
         except BaseException:
             gate.remove()
             raise
+        if config.clean_cache_gib:
+            gate.texts = CleanCache(int(config.clean_cache_gib * 2**30))
     current = model.__dict__.get(_HANDLE)
     if current is not None:
         current.remove()

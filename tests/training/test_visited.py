@@ -66,17 +66,17 @@ def test_a_small_window_written_out():
     prompt=st.integers(1, 5),
     response=st.integers(1, 12),
     windows=st.integers(1, 5),
-    size=st.integers(2, 7),
+    sizes=st.lists(st.integers(2, 7), min_size=1, max_size=3),
 )
-def test_fresh_windows_lie_in_the_response(seed, prompt, response, windows, size):
+def test_fresh_windows_lie_in_the_response(seed, prompt, response, windows, sizes):
     example = random_example(seed, prompt, response)
     text = example.prompt + example.response
-    store = VisitedWindows(1, windows, size, seed)
+    store = VisitedWindows(1, windows, sizes if len(sizes) > 1 else sizes[0], seed)
     drawn = store.draw(example, 0, 0)
     assert len(drawn) == (windows if response > 1 else 0)
-    for window in drawn:
+    for number, window in enumerate(drawn):
         assert prompt - 1 <= window.start < len(text) - 2
-        assert len(window.guesses) == size - 1
+        assert len(window.guesses) == sizes[number % len(sizes)] - 1
         assert {*window.guesses} <= {*text}
     assert drawn == store.draw(example, 0, 0)  # drawing moves nothing
     starts = [window.start for window in drawn]
@@ -102,6 +102,17 @@ def test_windows_advance_by_what_is_committed():
 
 def text_of(example):
     return example.prompt + example.response
+
+
+def test_windows_of_several_sizes_keep_them():
+    example = examples_of([1, 2], list(range(20, 40)))
+    store = VisitedWindows(1, 5, [3, 6])
+    for epoch in range(4):
+        drawn = store.draw(example, epoch, 0)
+        assert [len(window.guesses) for window in drawn] == [2, 5, 2, 5, 2]
+        rows = sum(len(window.rows(text_of(example))) for window in drawn)
+        store.advance(example, epoch, 0, list(range(50, 50 + rows)))
+    assert store.state()["guesses"].shape == (1, 5, 5)
 
 
 def test_predictions_that_belong_to_no_row():
@@ -274,6 +285,16 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         )
 
 
+def test_responses_without_trajectories_are_enough(make_trainer):
+    responses = [examples_of([1, 2, 3], list(range(5 + row, 20 + row))) for row in range(4)]
+    trainer = make_trainer(dataset=responses, **{**RUN, "max_steps": 2})
+    trainer.train()
+    assert trainer.meter.total.nominal > 0
+    sliding = {**RUN, "sampling": "sliding", "window_size": None, "states": 1}
+    with pytest.raises(ValueError, match="responses without trajectories"):
+        make_trainer(dataset=responses, **sliding)
+
+
 # ---- bad input ----
 
 
@@ -284,6 +305,11 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         ({"gated": True, "window_size": 8}, "window_size is of sampling='visited'"),
         ({"gated": True, "row_decay": 0.5}, "row_decay is of sampling='visited'"),
         ({"gated": True, "sampling": "visited", "window_size": 1}, "window_size must be an int"),
+        (
+            {"gated": True, "sampling": "visited", "window_size": []},
+            r"list of such integers, not \[",
+        ),
+        ({"gated": True, "sampling": "visited", "window_size": [4, 1]}, "list of such integers"),
         ({"gated": True, "sampling": "visited", "row_decay": 0.0}, r"row_decay must lie in \(0, 1"),
     ],
 )

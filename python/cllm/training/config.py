@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -47,7 +48,9 @@ class ConsistencyConfig:
             (`VisitedWindows`); the states of the trajectories are not used.
         states: states a response (``"uniform"``, ``"visited"``) or a block (the others).
         window_size: tokens of a window, ``"visited"`` only: the block size to decode with later.
-            None: that of the trajectories.
+            None: that of the trajectories. A list: the windows of a response take its sizes in
+            turn; most guesses that decoding accepts stand close behind the committed text, so
+            small windows train more of those for the same work, and large ones the others.
         row_decay: a window's counted rows weigh ``row_decay ** distance`` in the loss, by their
             distance from the first: a guess is of use only where those before it are right. For
             ``"visited"``.
@@ -60,6 +63,9 @@ class ConsistencyConfig:
             adapter is for gated decoding (``cllm.generate(..., adapter=...)``), which gives the
             base model's own text. Noisy segments start one token earlier, at the last right
             token, as decoding's windows do; that row is an input and is not counted.
+        clean_cache_gib: GiB of memory (of the model's device) for what the base model makes of
+            clean texts, so that later epochs need not read them again; gated training only. A
+            token takes its KV and one hidden state.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -75,12 +81,13 @@ class ConsistencyConfig:
     ema_decay: float = 0.999
     sampling: Sampling = "per_block"
     states: int = 1
-    window_size: int | None = None
+    window_size: int | Sequence[int] | None = None
     row_decay: float = 1.0
     schedule_window: int = 4
     chunk_tokens: int | None = None
     recompute: bool = False
     gated: bool = False
+    clean_cache_gib: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -100,19 +107,24 @@ class ConsistencyConfig:
             ("label_smoothing", lambda x: 0 <= x < 1, "lie in [0, 1)"),
             ("row_decay", lambda x: 0 < x <= 1, "lie in (0, 1]"),
             ("ema_decay", lambda x: 0 <= x < 1, "lie in [0, 1)"),
+            ("clean_cache_gib", lambda x: x >= 0, "be 0 or more"),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and good(value)):
                 problems.append(f"{name} must {text}, not {value!r}")
         for name, least in (
-            ("states", 1), ("schedule_window", 1), ("chunk_tokens", 1), ("window_size", 2)
+            ("states", 1), ("schedule_window", 1), ("chunk_tokens", 1)
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("chunk_tokens", "window_size"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not (value is None and name == "chunk_tokens") and not _is_count(value, least):
                 problems.append(f"{name} must be an integer >= {least}, not {value!r}")
+        size: Any = self.window_size
+        several = isinstance(size, list | tuple) and size and all(_is_count(n, 2) for n in size)
+        if not (size is None or _is_count(size, 2) or several):
+            problems.append(
+                f"window_size must be an integer >= 2 or a list of such integers, not {size!r}"
+            )
         for name in ("recompute", "gated"):
             switch: Any = getattr(self, name)
             if not isinstance(switch, bool):
@@ -128,6 +140,10 @@ class ConsistencyConfig:
                 problems.append("window_size is of sampling='visited'; leave it out")
             if self.row_decay != 1.0:
                 problems.append("row_decay is of sampling='visited'; leave it out")
+        if self.gated is not True and self.clean_cache_gib:
+            problems.append(
+                "clean_cache_gib keeps what a frozen base model gives; it needs gated=True"
+            )
         if self.gated is True:
             if self.teacher == "ema":
                 problems.append(
@@ -141,3 +157,7 @@ class ConsistencyConfig:
                 )
         if problems:
             raise ValueError("ConsistencyConfig: " + "; ".join(problems))
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

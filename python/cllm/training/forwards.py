@@ -68,9 +68,16 @@ def two_part_hidden_states(
     first: int,
 ) -> Tensor:
     """The same, columns before `first` by the base model and then the others with the adapters."""
-    cache = DynamicCache()
-    with torch.no_grad(), adapter_off(head):
-        clean = packed_hidden_states(head, kinds, batch, first, cache=cache)
+
+    def read(cache: DynamicCache) -> Tensor:
+        with torch.no_grad(), adapter_off(head):
+            return packed_hidden_states(head, kinds, batch, first, cache=cache)
+
+    if gate.texts is None:
+        cache = DynamicCache()
+        clean = read(cache)
+    else:
+        clean, cache = gate.texts.read(batch, first, head.model, read)
     with gate.opened():
         noisy = packed_hidden_states(head, kinds, batch, first=first, cache=cache)
     return torch.cat([clean.to(noisy.dtype), noisy], dim=1)

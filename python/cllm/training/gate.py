@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..traits import UnsupportedModelError
+from .clean_cache import CleanCache
 
 # initialisations that subtract the adapter from the base weights: the base is another model then
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq")
@@ -34,6 +35,7 @@ class AdapterGate:
     Attributes:
         two_parts: whether the model gives the same when its clean columns go before the noisy ones
             (`check_gated_forward` finds out).
+        texts: what the base model made of clean texts, kept over epochs; None: nothing is kept.
 
     Raises:
         UnsupportedModelError: if the adapters cannot be gated, or more than adapters is trained.
@@ -41,6 +43,7 @@ class AdapterGate:
 
     def __init__(self, model: Any):
         self.two_parts = False
+        self.texts: CleanCache | None = None
         self._model = model
         self._shut: Tensor | None = None  # [B, S, 1] bool: columns that the adapter is kept out of
         self._open = False  # it works in every column

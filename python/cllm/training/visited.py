@@ -61,15 +61,17 @@ class VisitedWindows:
     Args:
         examples: how many responses.
         windows: of each.
-        size: tokens of a window.
+        size: tokens of a window, or several sizes that the windows of a response take in turn.
         seed: of all draws.
     """
 
-    def __init__(self, examples: int, windows: int, size: int, seed: int = 0):
-        self.size = size
+    def __init__(self, examples: int, windows: int, size: int | Sequence[int], seed: int = 0):
+        given = (size,) if isinstance(size, int) else tuple(size)
+        self.sizes = [given[number % len(given)] for number in range(windows)]
         self.seed = seed
         self._starts = torch.full((examples, windows), _FRESH, dtype=torch.int32)
-        self._guesses = torch.zeros(examples, windows, size - 1, dtype=torch.int32)
+        # those of a smaller window than the largest are filled up with 0
+        self._guesses = torch.zeros(examples, windows, max(given) - 1, dtype=torch.int32)
         self._moved: set[int] = set()
         self._committed = [0, 0]  # tokens, windows, since they were read
 
@@ -82,7 +84,7 @@ class VisitedWindows:
         found = []
         stored = zip(self._starts[index].tolist(), self._guesses[index].tolist(), strict=True)
         for number, (start, guesses) in enumerate(stored):
-            window = Window(start, guesses)
+            window = Window(start, guesses[: self.sizes[number] - 1])
             # there is nothing left to guess from the last input on
             if start == _FRESH or start >= len(text) - 2:
                 window = self._fresh(example, f"{self.seed},{epoch},{index},{number}", number)
@@ -103,11 +105,11 @@ class VisitedWindows:
         for number, window in enumerate(self.draw(example, epoch, index)):
             rows = window.rows(text)
             guesses = [next(given) for _ in rows]
-            guesses += rng.choices(example.prompt, k=self.size - 1 - len(guesses))
+            guesses += rng.choices(example.prompt, k=self.sizes[number] - 1 - len(guesses))
             self._starts[index, number] = window.start + rows.start
             self._committed[0] += rows.start
             self._committed[1] += 1
-            self._guesses[index, number] = torch.tensor(guesses, dtype=torch.int32)
+            self._guesses[index, number, : len(guesses)] = torch.tensor(guesses, dtype=torch.int32)
         if next(given, None) is not None:
             raise ValueError(f"example {example.id!r}: more predictions than rows")
         self._moved.add(index)
@@ -131,7 +133,7 @@ class VisitedWindows:
         self._moved.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: starts [E, W] and guesses [E, W, size - 1], int32."""
+        """For a checkpoint: starts [E, W] and guesses [E, W, largest size - 1], int32."""
         return {"starts": self._starts, "guesses": self._guesses}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -156,8 +158,9 @@ class VisitedWindows:
         first, places = len(example.prompt) - 1, len(example.response) - 1
         stretch = places / self._starts.shape[1]
         start = first + min(places - 1, int((number + rng.random()) * stretch))
-        right = text[start + 1 : start + self.size]
-        right += rng.choices(example.prompt, k=self.size - 1 - len(right))
+        size = self.sizes[number]
+        right = text[start + 1 : start + size]
+        right += rng.choices(example.prompt, k=size - 1 - len(right))
         share = rng.random()
         guesses = [token if rng.random() < share else rng.choice(example.prompt) for token in right]
         return Window(start, guesses)
