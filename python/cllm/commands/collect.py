@@ -178,7 +178,8 @@ def collect(
     fill: FillOption = Fill.prompt,
     seed: SeedOption = 0,
     block_share: Annotated[
-        float, typer.Option("--block-share", help="Share of each response's blocks to iterate.")
+        float,
+        typer.Option("--block-share", help="Share of each response's blocks to iterate; 0: none."),
     ] = 1.0,
     engine: Annotated[
         Engine, typer.Option("--engine", help="What makes the responses; the text is the same.")

@@ -20,8 +20,17 @@ def training_examples(dataset: Any, args: ConsistencyTrainingArguments, ends: li
 
     Args:
         dataset: what `trajectories` returns. ends: end-of-text tokens.
+
+    Raises:
+        ValueError: responses without trajectories, where `args` needs those.
     """
     seed = data_seed(args)
+    blocks = (dataset[number].blocks for number in range(len(dataset)))
+    if args.sampling != "visited" and not any(blocks):
+        raise ValueError(
+            "the data set holds responses without trajectories (block_share 0), which only "
+            "sampling='visited' trains on; collect with a block_share above 0"
+        )
     if args.augment:
         dataset = AugmentedTrajectories(dataset, seed=seed, share=args.augment)
     return NumberedExamples(dataset, args.consistency_config(), seed, ends)

@@ -151,8 +151,26 @@ def test_sampled_blocks():
     assert len(sample_blocks(250, 16, 0.25, seed=1, id="b")) == 4
     assert sample_blocks(250, 16, 1.0, seed=1, id="b") == list(range(16))
     assert sample_blocks(3, 16, 0.01, seed=1, id="b") == [0]
-    with pytest.raises(ValueError, match=r"share must lie in \(0, 1\], not 0"):
-        sample_blocks(3, 16, 0, seed=1, id="b")
+    assert sample_blocks(250, 16, 0.0, seed=1, id="b") == []
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], not -1"):
+        sample_blocks(3, 16, -1, seed=1, id="b")
+
+
+@pytest.mark.parametrize("fill", ["random", "last"])
+def test_responses_alone(fill):
+    """No block is wanted: the responses are read and checked, and nothing is iterated."""
+    model = tiny_model("llama")
+    asked, answered = texts("llama", (7, 3), (23, 30))
+    answered[1][4] = (answered[1][4] + 1) % VOCAB or 3
+    every = collect_states(model, asked, answered, block_size=5, fill=fill)
+    found = collect_states(model, asked, answered, block_size=5, fill=fill, blocks=[[], []])
+    some = collect_states(model, asked, answered, block_size=5, fill=fill, blocks=[[], [3]])
+    for entry, whole in zip(found, every, strict=True):
+        assert entry.example.blocks == [] == entry.example.block_index
+        assert entry.example.response == whole.example.response
+        assert entry.mismatches == whole.mismatches and entry.forwards == 0
+    assert found[0].mismatches == [] and 4 in found[1].mismatches
+    assert states_of(some[1]) == [states_of(every[1])[3]] and some[0].example.blocks == []
 
 
 def test_less_is_fed_as_blocks_converge(monkeypatch):
@@ -241,9 +259,8 @@ def call(**changes):
         ({"max_rows": True}, "max_rows must be an integer >= 1, not True"),
         (
             {"blocks": [[0], [1]]},
-            r"blocks of row 1 .* numbers from 0 to 0, at least one, not \[1\]",
+            r"blocks of row 1 .* numbers from 0 to 0, not \[1\]",
         ),
-        ({"blocks": [[], [0]]}, r"blocks of row 0 .* not \[\]"),
     ],
 )
 def test_bad_input(changes, message):

@@ -106,16 +106,18 @@ def collect_states(
 
 
 def sample_blocks(tokens: int, block_size: int, share: float, *, seed: int, id: str) -> list[int]:
-    """A random share of a response's blocks, at least one, ascending.
+    """A random share of a response's blocks, ascending: at least one, unless `share` is 0.
 
     Depends on the seed and the row's name only, so that a run that was cut short goes on alike.
 
     Args:
         tokens: T, the response's length.
-        share: of its ceil(T / n) blocks, in (0, 1].
+        share: of its ceil(T / n) blocks, in [0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], not {share!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], not {share!r}")
+    if share == 0:
+        return []
     count = -(-tokens // block_size)
     wanted = min(count, max(1, round(share * count)))
     digest = hashlib.sha256(f"{seed}:{id}".encode("utf-8", "surrogatepass")).digest()
@@ -170,8 +172,8 @@ class _Run:
         self.device = model.get_input_embeddings().weight.device
         vocabulary = model.get_input_embeddings().weight.shape[0]
         places = [(row, block) for row, text in enumerate(texts) for block in text.blocks]
-        self.row = np.array([row for row, _ in places])
-        self.start = np.array([block * block_size for _, block in places])
+        self.row = np.array([row for row, _ in places], dtype=np.int64)
+        self.start = np.array([block * block_size for _, block in places], dtype=np.int64)
         sizes = np.array([len(text.response) for text in texts])
         prompt_sizes = np.array([len(text.prompt) for text in texts])
         self.length = np.minimum(block_size, sizes[self.row] - self.start)
@@ -179,7 +181,7 @@ class _Run:
         self.fixed, self.state = self._initial(fill, seed, vocabulary)
         self.first = self._divergence()
         first = self.first.cpu().numpy()
-        room = np.bincount(self.row, np.maximum(self.length - 1 - first, 0))
+        room = np.bincount(self.row, np.maximum(self.length - 1 - first, 0), minlength=len(texts))
         self.forward = SegmentForward(model, int(room.max()))
         self.host_first = first
         self.taken = np.zeros(len(places), dtype=np.int64)  # forwards that a block was in
@@ -214,7 +216,7 @@ class _Run:
                 for text in self.texts
                 for block in text.blocks
             ]
-            guess = torch.tensor(before)[:, None].expand_as(fixed)
+            guess = torch.tensor(before, dtype=torch.long)[:, None].expand_as(fixed)
         inside = torch.arange(n) < torch.from_numpy(self.length)[:, None]
         guess = torch.where(inside, guess, fixed)
         return fixed.to(self.device), guess.to(self.device)
@@ -379,12 +381,15 @@ def _check(
                 f"the model's context of {context}; shorten or drop it"
             )
         count = -(-len(response) // block_size)
-        if blocks is not None and (
-            not blocks[row]
-            or blocks[row] != sorted(set(blocks[row]))
-            or not 0 <= blocks[row][0] <= blocks[row][-1] < count
+        if (
+            blocks is not None
+            and blocks[row]
+            and (
+                blocks[row] != sorted(set(blocks[row]))
+                or not 0 <= blocks[row][0] <= blocks[row][-1] < count
+            )
         ):
             raise ValueError(
-                f"blocks of {named} must be ascending numbers from 0 to {count - 1}, at least one, "
-                f"not {blocks[row]}"
+                f"blocks of {named} must be ascending numbers from 0 to {count - 1}, not "
+                f"{blocks[row]}"
             )

@@ -32,7 +32,8 @@ class CollectOptions:
         max_new_tokens: longest response.
         batch_size: prompts in one forward. In 16-bit precision it may decide near-ties.
         shard_size: prompts of a shard.
-        block_share: share of each response's blocks to iterate, drawn by seed and id.
+        block_share: share of each response's blocks to iterate, drawn by seed and id; 0: responses
+            alone, without trajectories.
         tolerance: how far below the largest logit a response's token may lie and still be the
             model's own: where the rounding of two forwards decides between two tokens.
         cleaning: what is left out.
@@ -61,8 +62,8 @@ class CollectOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 problems.append(f"{name} must be an integer >= 1, not {value!r}")
-        if not 0 < self.block_share <= 1:
-            problems.append(f"block_share must lie in (0, 1], not {self.block_share!r}")
+        if not 0 <= self.block_share <= 1:
+            problems.append(f"block_share must lie in [0, 1], not {self.block_share!r}")
         if not problems and self.block_size > self.max_new_tokens:
             problems.append(
                 f"block_size={self.block_size} is larger than every response: max_new_tokens is "
