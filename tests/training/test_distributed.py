@@ -22,6 +22,7 @@ from .sharded_run import steps as sharded_steps
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
+    "use_cpu": torch.accelerator.is_available(),  # without one it goes without saying
     "optim": "sgd",
     "learning_rate": 1e-4,
     "max_grad_norm": 0.0,

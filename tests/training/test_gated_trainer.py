@@ -192,3 +192,34 @@ def test_a_peft_model_that_cannot_be_gated(make_trainer, trajectories, tmp_path)
     )
     trainer.train()  # an adapter of one's own needs no lora_r
     assert trainer.state.global_step == 1
+
+
+# ---- going on from an adapter ----
+
+
+def test_a_run_goes_on_from_a_saved_adapter(make_trainer, tmp_path):
+    first = make_trainer(**{**GATED, "output_dir": str(tmp_path / "first"), "max_steps": 6})
+    first.train()
+    first.save_model()
+    cllm.GatedAdapter.load(tmp_path / "first").save(tmp_path / "half", dtype=torch.bfloat16)
+    settings = {**GATED, "lora_r": 0, "max_steps": 1, "learning_rate": 0.0}
+    for folder, tolerance in (("first", 0), ("half", 2**-8)):
+        second = make_trainer(**settings, lora_from=str(tmp_path / folder))
+        for name, value in parameters(first).items():
+            found = second.model.get_parameter(name)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, value, rtol=tolerance, atol=0)
+            assert found.requires_grad == ("lora_" in name)
+    second.train()
+
+
+def test_adapters_that_cannot_be_gone_on_from(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_from says what the adapters are; leave lora_r out"):
+        make_trainer(**{**GATED, "lora_from": str(tmp_path)})
+    settings = {**GATED, "lora_r": 0, "lora_from": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"lora_from: .* holds no adapter of PEFT's format"):
+        make_trainer(**settings)
+    other = cllm.GatedAdapter.random(fresh_model("gpt2"), rank=2)
+    other.save(tmp_path)
+    with pytest.raises(ValueError, match=r"lora_from: the adapter in .* does not fit"):
+        make_trainer(**settings)

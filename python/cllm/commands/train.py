@@ -82,6 +82,12 @@ def train(
         str | None,
         typer.Option("--lora-targets", help="Module names, by commas.  [default: all-linear]"),
     ] = None,
+    lora_from: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-from", metavar="FOLDER", help="Go on from the adapter in this folder."
+        ),
+    ] = None,
     merge_lora: Annotated[
         bool | None,
         typer.Option("--merge-lora", help="Save plain models with the adapters merged."),
@@ -91,7 +97,7 @@ def train(
         typer.Option(
             "--gated",
             help="Train the adapter to guess and decide nothing: the text stays the base model's. "
-            "Needs --lora-r.",
+            "Needs --lora-r or --lora-from.",
         ),
     ] = None,
     dtype: Annotated[

@@ -93,7 +93,7 @@ def training_arguments(own: dict[str, Any], values: dict[str, Any]) -> Consisten
         if not own.get("eval_prompts"):
             raise CommandError("--eval-steps needs --eval-prompts FILE")
     args = ConsistencyTrainingArguments(**{"disable_tqdm": True, **values})
-    if args.gated and not args.lora_r:
+    if args.gated and not (args.lora_r or args.lora_from):
         raise CommandError("--gated trains a LoRA adapter: give its rank, --lora-r 16 say")
     output = Path(str(args.output_dir))
     if output.is_file():

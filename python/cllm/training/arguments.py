@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_origin
 
+import torch
 from transformers import TrainingArguments
 
 from .config import ConsistencyConfig
@@ -30,6 +32,8 @@ class ConsistencyTrainingArguments(TrainingArguments):
         row_tokens: most columns of a packed row; samples share a row while they fit. None: one
             sample a row.
         lora_r: rank of LoRA adapters; 0 trains all weights.
+        lora_from: folder of adapters in PEFT's format to go on from (their rank, scale and
+            modules); a run of its own, unlike resuming: optimiser, schedule and windows begin anew.
         lora_alpha: scale of the adapters; None: 2 * `lora_r`.
         lora_dropout: of the adapters.
         lora_targets: names of modules that get one, or "all-linear".
@@ -58,12 +62,15 @@ class ConsistencyTrainingArguments(TrainingArguments):
     ema_decay: float = field(default=0.999, metadata={"help": "of the ema teacher, per step"})
     sampling: str = field(default="per_block", metadata={"help": "which noisy states"})
     states: int = field(default=1, metadata={"help": "noisy states a response or a block"})
-    window_size: int | None = field(default=None, metadata={"help": "tokens of a visited window"})
+    window_size: int | list[int] | None = field(
+        default=None, metadata={"help": "tokens of a visited window, or several sizes in turn"}
+    )
     row_decay: float = field(default=1.0, metadata={"help": "weight of a window's later rows"})
     schedule_window: int = field(default=4, metadata={"help": "blocks from low to high noise"})
     chunk_tokens: int | None = field(default=None, metadata={"help": "rows with logits at a time"})
     recompute: bool = field(default=False, metadata={"help": "compute logits twice, save memory"})
     gated: bool = field(default=False, metadata={"help": "adapters that guess and decide nothing"})
+    clean_cache_gib: float = field(default=0.0, metadata={"help": "GiB for clean texts, gated"})
 
     augment: float = field(default=0.0, metadata={"help": "share put right in extra states"})
     row_tokens: int | None = field(default=None, metadata={"help": "columns of a packed row"})
@@ -73,6 +80,9 @@ class ConsistencyTrainingArguments(TrainingArguments):
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
     lora_targets: str | list[str] = field(
         default="all-linear", metadata={"help": "modules that get an adapter"}
+    )
+    lora_from: str | None = field(
+        default=None, metadata={"help": "folder of adapters to go on from, in place of lora_r"}
     )
     merge_lora: bool = field(default=False, metadata={"help": "save the model with LoRA merged"})
 
@@ -103,6 +113,10 @@ class ConsistencyTrainingArguments(TrainingArguments):
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
         # raises by itself, naming the fields
         self.consistency_config()
+        # unless it is told to, transformers starts no process group without an accelerator: the
+        # processes of torchrun would each train a model of their own into one folder
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
 
     def consistency_config(self) -> ConsistencyConfig:
@@ -127,6 +141,8 @@ class ConsistencyTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 problems.append(f"{name} must be at least {least}, not {value!r}")
+        if self.lora_from is not None and self.lora_r:
+            problems.append("lora_from says what the adapters are; leave lora_r out")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             problems.append(f"lora_alpha must be positive, not {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
@@ -147,7 +163,7 @@ class ConsistencyTrainingArguments(TrainingArguments):
                 "a gated adapter is never merged: merged weights would decide the text, too; leave "
                 "merge_lora out"
             )
-        elif self.merge_lora and not self.lora_r:
+        elif self.merge_lora and not (self.lora_r or self.lora_from):
             problems.append("merge_lora needs adapters to merge; set lora_r")
         if self.remove_unused_columns:
             problems.append(

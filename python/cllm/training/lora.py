@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from .arguments import ConsistencyTrainingArguments
@@ -19,12 +20,15 @@ def add_adapters(model: Any, args: ConsistencyTrainingArguments) -> Any:
     """A PEFT model around `model`, with the adapters that `args` ask for.
 
     Raises:
-        ValueError: if peft is not installed, or no module has one of the names asked for.
+        ValueError: if peft is not installed, no module has one of the names asked for, or
+            ``args.lora_from`` holds no adapters that fit `model`.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError(_NEEDS_PEFT) from error
+    if args.lora_from is not None:
+        return _started_from(model, Path(args.lora_from))
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha if args.lora_alpha is not None else 2 * args.lora_r,
@@ -36,6 +40,30 @@ def add_adapters(model: Any, args: ConsistencyTrainingArguments) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_targets {args.lora_targets!r}: {error}") from error
+
+
+def _started_from(model: Any, folder: Path) -> Any:
+    """A PEFT model whose adapters go on from those in `folder`.
+
+    Raises:
+        ValueError: if there are none, or they do not fit `model`.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"lora_from: {folder} holds no adapter of PEFT's format (no adapter_config.json)"
+        )
+    try:
+        found = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"lora_from: the adapter in {folder} does not fit: {reason}") from error
+    # adapters are published in 16 bits; an optimiser's small steps would be rounded away in them
+    for parameter in found.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return found
 
 
 def merged(model: Any) -> Any:

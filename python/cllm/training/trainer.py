@@ -54,7 +54,8 @@ class ConsistencyTrainer(Trainer):
 
     Args:
         model: a transformers or PEFT model, or what ``from_pretrained`` takes.
-        args: settings; ``args.lora_r`` puts adapters on a model that has none.
+        args: settings; ``args.lora_r`` or ``args.lora_from`` puts adapters on a model that
+            has none.
         train_dataset: trajectories, or the folder or folders that `cllm collect` wrote.
         processing_class: the tokenizer. It must be the one of the trajectories.
         eval_prompts: held-out prompts (`Prompt`, text or token ids), decoded every
@@ -95,11 +96,13 @@ class ConsistencyTrainer(Trainer):
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(model)
-        if args.lora_r and not is_peft(model):
+        if (args.lora_r or args.lora_from) and not is_peft(model):
             set_seed(args.seed)  # adapters start at random
             model = add_adapters(model, args)
         if args.gated and not is_peft(model):
-            raise ValueError("gated=True trains LoRA adapters; set lora_r, or hand in a PEFT model")
+            raise ValueError(
+                "gated=True trains LoRA adapters; set lora_r or lora_from, or hand in a PEFT model"
+            )
         dataset = trajectories(train_dataset, processing_class)
         self.examples = training_examples(dataset, args, end_tokens(model))
         super().__init__(
