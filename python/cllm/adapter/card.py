@@ -19,6 +19,8 @@ FACTS = ("data", "recipe", "tokens", "time", "hardware")
 _ARGUMENTS = (
     "sampling",
     "states",
+    "row_decay",
+    "window_size",
     "augment",
     "divergence",
     "temperature",
