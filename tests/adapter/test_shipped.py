@@ -193,8 +193,9 @@ def test_in_the_wheel(sources):
     with zipfile.ZipFile(build(sources, "bdist_wheel")) as wheel:
         names = wheel.namelist()
         place = "cllm/adapter/shipped/tiny-guesser"
+        every = {"tiny-guesser", *(shipped.name for shipped in shipped_adapters())}
         assert sorted(name for name in names if "/shipped/" in name) == [
-            f"{place}/{name}" for name in FILES
+            f"cllm/adapter/shipped/{adapter}/{name}" for adapter in sorted(every) for name in FILES
         ]
         assert "cllm/adapter/card.md.j2" in names
         mine = sources / "python" / place / WEIGHTS
