@@ -1,7 +1,7 @@
 """Clean texts that a gated run has read before: their KV and hidden states, kept over epochs.
 
 Under a gate the clean columns are the frozen base model, so what it makes of a response never
-changes. Reading it again in every epoch is a quarter of the work where windows are few.
+changes and need not be read again in every epoch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class _Text:
     @property
     def nbytes(self) -> int:
         return self.hidden.nbytes + sum(key.nbytes + value.nbytes for key, value in self.layers)
+
+    def cloned(self) -> _Text:
+        """In memory of its own, not a view of its batch."""
+        pairs = [(key.clone(), value.clone()) for key, value in self.layers]
+        return _Text(self.hidden.clone(), pairs)
 
 
 class CleanCache:
@@ -85,20 +90,13 @@ class CleanCache:
     def _keep(self, key: Any, row: int, length: int, hidden: Tensor, cache: Any) -> None:
         if key in self._texts:
             return
-        per_token = hidden[0, 0].nbytes + sum(
-            part[0, :, 0].nbytes for layer in cache.layers for part in (layer.keys, layer.values)
+        part = _Text(
+            hidden[row, :length],
+            [(one.keys[row, :, :length], one.values[row, :, :length]) for one in cache.layers],
         )
-        if self.nbytes + per_token * length > self.limit:
-            return
-        text = _Text(
-            hidden[row, :length].clone(),
-            [
-                (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
-                for layer in cache.layers
-            ],
-        )
-        self._texts[key] = text
-        self.nbytes += text.nbytes
+        if self.nbytes + part.nbytes <= self.limit:
+            self._texts[key] = part.cloned()
+            self.nbytes += part.nbytes
 
 
 def _assembled(texts: list[_Text], width: int) -> tuple[Tensor, DynamicCache]:

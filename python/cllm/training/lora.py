@@ -55,15 +55,11 @@ def _started_from(model: Any, folder: Path) -> Any:
             f"lora_from: {folder} holds no adapter of PEFT's format (no adapter_config.json)"
         )
     try:
-        found = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        # trained in fp32, whatever they are stored in: PEFT's autocast_adapter_dtype
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"lora_from: the adapter in {folder} does not fit: {reason}") from error
-    # adapters are published in 16 bits; an optimiser's small steps would be rounded away in them
-    for parameter in found.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return found
 
 
 def merged(model: Any) -> Any:
