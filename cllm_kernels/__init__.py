@@ -8,6 +8,7 @@
                           logits of a few tokens at a time
     gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
     block_attention(...)  append a block to a ragged KV cache, attend to both
+    block_linear(x, W)    a linear layer for a block's few rows, whose bits are each row's own
 
     backends()            what can run here, and why something cannot
     use_backend(name)     choose one; the environment variable CLLM_KERNELS_BACKEND does at import
@@ -28,6 +29,7 @@ from cllm_kernels._backend import (
 )
 from cllm_kernels._native import build_info
 from cllm_kernels.block_attention import block_attention
+from cllm_kernels.block_linear import block_linear
 from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "backends",
     "block_attention",
+    "block_linear",
     "build_info",
     "current_backend",
     "gumbel_noise",

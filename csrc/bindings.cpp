@@ -1,7 +1,9 @@
 // cllm_kernels._C: plain integers in, kernels out. Pointers arrive as integers (tensor.data_ptr()),
 // and the Python side has checked shapes, types and devices before it calls.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -71,6 +73,32 @@ void row_argmax_cpu(uintptr_t logits, int dtype, int64_t rows, int64_t inner, in
         rows_argument(logits, dtype, rows, inner, outer_stride, inner_stride, columns);
     py::gil_scoped_release release;
     cllm::row_argmax_cpu(table, pointer<int64_t>(index), pointer<void>(value), threads);
+}
+
+// addresses of x, weight, bias, out, a, b; rows, columns, width, rank; strides of x, weight, out;
+// period and first gated row.
+void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int out_dtype,
+                      const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& strides,
+                      const std::array<int64_t, 2>& gate, int threads) {
+    const cllm::BlockLinear linear{pointer<const void>(addresses[0]),
+                                   pointer<const void>(addresses[1]),
+                                   pointer<const void>(addresses[2]),
+                                   pointer<void>(addresses[3]),
+                                   pointer<const void>(addresses[4]),
+                                   pointer<const void>(addresses[5]),
+                                   static_cast<cllm::Dtype>(dtype),
+                                   static_cast<cllm::Dtype>(out_dtype),
+                                   sizes[0],
+                                   sizes[1],
+                                   sizes[2],
+                                   strides[0],
+                                   strides[1],
+                                   strides[2],
+                                   sizes[3],
+                                   gate[0],
+                                   gate[1]};
+    py::gil_scoped_release release;
+    cllm::block_linear_cpu(linear, threads);
 }
 
 cllm::Noise noise_argument(uintptr_t seed, uintptr_t row, uintptr_t position) {
@@ -242,6 +270,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native kernels of cllm_kernels; addresses and sizes in, no tensors.";
     module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
     module.def("row_argmax_cpu", &row_argmax_cpu);
+    module.def("block_linear_cpu", &block_linear_cpu);
     module.def("gumbel_noise_cpu", &gumbel_noise_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);

@@ -244,6 +244,20 @@ inline PyObject* jacobi_step(PyObject*, PyObject* const* args, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
+// Whether the type is one that the kernels take.
+inline bool dtype_of(const View& view, Dtype& dtype) {
+    if (view.type.is(kFloat, 32)) {
+        dtype = Dtype::kFloat32;
+    } else if (view.type.is(kBFloat, 16)) {
+        dtype = Dtype::kBFloat16;
+    } else if (view.type.is(kFloat, 16)) {
+        dtype = Dtype::kFloat16;
+    } else {
+        return false;
+    }
+    return true;
+}
+
 // row_argmax(logits, index, value, threads) -> None, or -1 when done. CPU only; logits [..., V]
 // whose rows two strides reach.
 inline PyObject* row_argmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -260,15 +274,7 @@ inline PyObject* row_argmax(PyObject*, PyObject* const* args, Py_ssize_t count) 
     }
     if (logits.device.type != kCpu || logits.dims < 1) Py_RETURN_NONE;
     Dtype dtype;
-    if (logits.type.is(kFloat, 32)) {
-        dtype = Dtype::kFloat32;
-    } else if (logits.type.is(kBFloat, 16)) {
-        dtype = Dtype::kBFloat16;
-    } else if (logits.type.is(kFloat, 16)) {
-        dtype = Dtype::kFloat16;
-    } else {
-        Py_RETURN_NONE;
-    }
+    if (!dtype_of(logits, dtype)) Py_RETURN_NONE;
     const int32_t last = logits.dims - 1;
     const int64_t columns = logits.shape[last];
     if (columns < 1 || (columns != 1 && logits.strides[last] != 1)) Py_RETURN_NONE;
@@ -300,6 +306,82 @@ inline PyObject* row_argmax(PyObject*, PyObject* const* args, Py_ssize_t count) 
     return PyLong_FromLong(-1);
 }
 
+// One matrix [rows, columns] of this type on the CPU, rows in one piece.
+inline bool is_matrix(const View& view, int64_t rows, int64_t columns, Dtype wanted) {
+    Dtype dtype;
+    return view.device.type == kCpu && view.dims == 2 && view.shape[0] == rows &&
+           view.shape[1] == columns && (columns == 1 || view.strides[1] == 1) &&
+           dtype_of(view, dtype) && dtype == wanted;
+}
+
+// block_linear(x, weight, bias or None, a or None, b or None, out, gated_from, threads) -> None, or
+// -1 when done. CPU only, of one type: x [.., H] contiguous, weight [N, H] with contiguous rows,
+// bias [N], a [R, H], b [N, R], out [.., N] contiguous; gated are the rows x[.., gated_from:, :].
+inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count != 8) {
+        PyErr_SetString(PyExc_TypeError, "block_linear takes 8 arguments");
+        return nullptr;
+    }
+    const Answer answer = unwatched();
+    if (answer == Answer::kError) return nullptr;
+    if (answer == Answer::kNo) Py_RETURN_NONE;
+    View x, weight, bias{}, a{}, b{}, out;
+    const bool has_bias = args[2] != Py_None, gated = args[3] != Py_None;
+    if (!borrow(args[0], x) || !borrow(args[1], weight) || !borrow(args[5], out) ||
+        (has_bias && !borrow(args[2], bias)) ||
+        (gated && (!borrow(args[3], a) || !borrow(args[4], b)))) {
+        Py_RETURN_NONE;
+    }
+    Dtype dtype, other;
+    if (x.dims < 1 || weight.dims != 2 || out.dims != x.dims || x.device.type != kCpu ||
+        !x.contiguous() || !out.contiguous() || !dtype_of(x, dtype)) {
+        Py_RETURN_NONE;
+    }
+    const int64_t width = x.shape[x.dims - 1], columns = weight.shape[0];
+    if (width < 1 || !is_matrix(weight, columns, width, dtype) ||
+        out.shape[x.dims - 1] != columns || !dtype_of(out, other) || other != dtype) {
+        Py_RETURN_NONE;
+    }
+    if (has_bias && (bias.device.type != kCpu || bias.dims != 1 || bias.shape[0] != columns ||
+                     !bias.contiguous() || !dtype_of(bias, other) || other != dtype)) {
+        Py_RETURN_NONE;
+    }
+    const int64_t rank = gated && a.dims == 2 ? a.shape[0] : 0;
+    if (gated && (x.dims < 2 || !a.contiguous() || !b.contiguous() ||
+                  !is_matrix(a, rank, width, dtype) || !is_matrix(b, columns, rank, dtype))) {
+        Py_RETURN_NONE;
+    }
+    int64_t rows = 1;
+    for (int32_t i = 0; i + 1 < x.dims; ++i) rows *= x.shape[i];
+    const int64_t period = x.dims > 1 ? x.shape[x.dims - 2] : 1;
+    const long long gated_from = PyLong_AsLongLong(args[6]);
+    if (gated_from == -1 && PyErr_Occurred()) return nullptr;
+    if (gated && (gated_from < 0 || gated_from > period)) Py_RETURN_NONE;
+    const int threads = static_cast<int>(PyLong_AsLong(args[7]));
+    if (threads == -1 && PyErr_Occurred()) return nullptr;
+    const BlockLinear linear{x.as<const void>(),
+                             weight.as<const void>(),
+                             has_bias ? bias.as<const void>() : nullptr,
+                             out.as<void>(),
+                             gated ? a.as<const void>() : nullptr,
+                             gated ? b.as<const void>() : nullptr,
+                             dtype,
+                             dtype,
+                             rows,
+                             columns,
+                             width,
+                             width,
+                             columns > 1 ? weight.strides[0] : width,
+                             columns,
+                             rank,
+                             period,
+                             gated_from};
+    Py_BEGIN_ALLOW_THREADS;
+    block_linear_cpu(linear, threads);
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLong(-1);
+}
+
 template <PyObject* (*kFunction)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyCFunction fastcall() {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kFunction));
@@ -311,6 +393,7 @@ inline bool add_to(PyObject* module) {
         {"direct_install", fastcall<install>(), METH_FASTCALL, nullptr},
         {"direct_eager", fastcall<eager>(), METH_FASTCALL, nullptr},
         {"direct_jacobi_step", fastcall<jacobi_step>(), METH_FASTCALL, nullptr},
+        {"direct_block_linear", fastcall<block_linear>(), METH_FASTCALL, nullptr},
         {"direct_row_argmax", fastcall<row_argmax>(), METH_FASTCALL, nullptr},
         {nullptr, nullptr, 0, nullptr}};
     return PyModule_AddFunctions(module, methods) == 0;

@@ -14,6 +14,10 @@ enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 // The best instruction set of this CPU, lowered by CLLM_KERNELS_ISA (scalar, avx2, avx512).
 Isa cpu_isa();
 
+// Whether it multiplies pairs of bf16 numbers in AVX-512 registers (VDPBF16PS); false where
+// CLLM_KERNELS_ISA is set.
+bool cpu_has_bf16_dot();
+
 struct JacobiStep {
     int64_t* window;             // [rows, n], mutated
     const int64_t* predictions;  // [rows, n]
@@ -93,6 +97,31 @@ struct LinearOperands {
 
 void running_argmax_exact_cpu(const ScoreChunk& chunk, const LinearOperands& operands,
                               int64_t* index, float* value, int threads);
+
+// out = x @ weight.T + bias for few rows, summed in fp32; a row's result does not depend on the
+// others. Gated rows get (x @ a.T) @ b.T on top: those whose index modulo `period` is at least
+// `gated_from`.
+struct BlockLinear {
+    const void* x;       // [rows, width], rows x_stride apart
+    const void* weight;  // [columns, width], rows weight_stride apart
+    const void* bias;    // [columns], or null
+    void* out;           // [rows, columns], rows out_stride apart, written
+    const void* a;       // [rank, width], or null
+    const void* b;       // [columns, rank], or null
+    Dtype dtype;         // of x, weight, bias, a and b
+    Dtype out_dtype;     // the same, or fp32
+    int64_t rows;
+    int64_t columns;
+    int64_t width;
+    int64_t x_stride;
+    int64_t weight_stride;
+    int64_t out_stride;
+    int64_t rank;
+    int64_t period;
+    int64_t gated_from;
+};
+
+void block_linear_cpu(const BlockLinear& linear, int threads);
 
 // The in-place pass of linear_consistency_loss over one chunk of tokens: logits in, row losses and
 // d(logits) out. cllm_kernels/linear_consistency_loss/reference.py has the formulas.

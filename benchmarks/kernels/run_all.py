@@ -15,8 +15,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OPS = (
-    *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax", "block_attention"),
-    "linear_consistency_loss",
+    *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax"),
+    *("block_attention", "block_linear", "linear_consistency_loss"),
 )
 
 

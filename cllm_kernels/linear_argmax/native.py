@@ -1,6 +1,8 @@
-"""linear_argmax on the CPU: torch's matmul over chunks of the vocabulary, C++ for the argmax.
+"""linear_argmax on the CPU: products over chunks of the vocabulary, C++ for the argmax.
 
-A chunk's scores stay in cache between the two. What the scores are depends on the dtype:
+A chunk's scores stay in cache between the two. The few rows of a block go through block_linear's
+product, whose scores are fp32 in every dtype. More rows are torch's matmul, and then what the
+scores are depends on the dtype:
 
 - float32: the matmul's own output.
 - bfloat16 and float16, where torch's matmul is fast in that dtype (oneDNN with the instructions
@@ -22,6 +24,7 @@ from torch import Tensor
 from cllm_kernels._common import DTYPE_CODES
 from cllm_kernels._matmul import fast_cpu_matmul
 from cllm_kernels._native import native_module
+from cllm_kernels.block_linear.native import linear_into
 from cllm_kernels.gumbel_noise.arguments import check_row_ids
 
 _C = native_module()
@@ -33,6 +36,7 @@ _C = native_module()
 # All are multiples of 64, the vocabulary entries whose noise is made together.
 _CHUNK = {torch.float32: 4096, torch.bfloat16: 16384, torch.float16: 16384}
 _WIDENED = 2048  # where a chunk of the weight itself is written out in fp32
+_FEW = 64  # rows for which reading the weight is most of the work
 _ROWS = 512  # of hidden at a time, so that the scores stay small for long inputs too
 
 
@@ -80,9 +84,13 @@ def _sweep(
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     dtype = hidden.dtype
-    exact = dtype is not torch.float32 and fast_cpu_matmul(dtype) and weight.stride(1) == 1
+    few = rows <= _FEW and weight.stride(1) == 1
+    exact = not few and dtype is not torch.float32 and fast_cpu_matmul(dtype)
+    exact = exact and weight.stride(1) == 1
     widened = None
-    if dtype is not torch.float32 and not exact:
+    if few:
+        dtype = torch.float32
+    elif dtype is not torch.float32 and not exact:
         dtype = torch.float32
         hidden = hidden.float()
         widened = torch.empty(min(_WIDENED, vocabulary), width)
@@ -92,9 +100,13 @@ def _sweep(
     for first in range(0, vocabulary, size):
         chunk = weight[first : first + size]
         columns = chunk.shape[0]
-        if widened is not None:
-            chunk = widened[:columns].copy_(chunk)
-        torch.mm(hidden, chunk.t(), out=scores if columns == size else scores[:, :columns])
+        part = scores if columns == size else scores[:, :columns]
+        if few:
+            linear_into(part, hidden, chunk)
+        else:
+            if widened is not None:
+                chunk = widened[:columns].copy_(chunk)
+            torch.mm(hidden, chunk.t(), out=part)
         bias_address = 0 if bias is None else bias.data_ptr() + 4 * first
         table = (scores.data_ptr(), code, rows, size, columns)
         arguments = (*table, bias_address, *scaling, first, *noise)

@@ -8,26 +8,7 @@
 
 constexpr int64_t kBlock = 2048;  // elements whose maximum is taken together; they fit in L1
 
-inline float bits_to_float(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
-
-inline float f16_to_float(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
-    const uint32_t exponent = (bits >> 10) & 0x1fu;
-    const uint32_t mantissa = bits & 0x3ffu;
-    if (exponent == 0x1f) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-    if (exponent == 0) {
-        // Subnormal: mantissa * 2^-24 is exact in fp32.
-        const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
-        return sign ? -magnitude : magnitude;
-    }
-    return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
-}
+#include "half.h"
 
 struct Float32 {
     using Element = float;
@@ -36,12 +17,12 @@ struct Float32 {
 };
 struct BFloat16 {
     using Element = uint16_t;
-    static float scalar(const uint16_t* data) { return bf16_to_float(*data); }
+    static float scalar(const uint16_t* data) { return widen_bf16(*data); }
     static Simd::Vec vector(const uint16_t* data) { return Simd::load_bf16(data); }
 };
 struct Float16 {
     using Element = uint16_t;
-    static float scalar(const uint16_t* data) { return f16_to_float(*data); }
+    static float scalar(const uint16_t* data) { return widen_f16(*data); }
     static Simd::Vec vector(const uint16_t* data) { return Simd::load_f16(data); }
 };
 
@@ -184,7 +165,7 @@ Best span_16(const uint16_t* data, int64_t count, int16_t infinity, bool bf16) {
         while (index + kKeys <= count && !Simd::equals_any(data + index, pattern)) index += kKeys;
         while (data[index] != pattern) ++index;
     }
-    return {bf16 ? bf16_to_float(data[index]) : f16_to_float(data[index]), index};
+    return {bf16 ? widen_bf16(data[index]) : widen_f16(data[index]), index};
 }
 
 Best span(const void* data, Dtype dtype, int64_t count) {

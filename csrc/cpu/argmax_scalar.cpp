@@ -4,14 +4,7 @@
 namespace cllm {
 namespace {
 
-inline float widen_bf16(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    __builtin_memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-inline float f16_to_float(uint16_t bits);
+#include "half.h"
 
 struct Simd {
     static constexpr int64_t kWidth = 8;
@@ -46,7 +39,7 @@ struct Simd {
         return each([&](int64_t i) { return widen_bf16(data[i]); });
     }
     static Vec load_f16(const uint16_t* data) {
-        return each([&](int64_t i) { return f16_to_float(data[i]); });
+        return each([&](int64_t i) { return widen_f16(data[i]); });
     }
     static Vec fill(float value) {
         return each([&](int64_t) { return value; });

@@ -32,4 +32,15 @@ Isa cpu_isa() {
     return isa;
 }
 
+bool cpu_has_bf16_dot() {
+#if defined(__x86_64__)
+    // asked for by name, AVX-512 is meant without it
+    static const bool has = cpu_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
+                            std::getenv("CLLM_KERNELS_ISA") == nullptr;
+    return has;
+#else
+    return false;
+#endif
+}
+
 }  // namespace cllm

@@ -10,6 +10,7 @@ import torch
 from cllm import GatedAdapter
 from cllm.adapter import Gate
 from cllm.adapter.low_rank import LowRankRows
+from cllm.adapter.weights import LowRank
 
 from ..decoding.tiny_models import prompts, tiny_model
 
@@ -27,7 +28,9 @@ class Rows:
         for number, rank in enumerate(ranks):
             module = torch.nn.Linear(IN, OUT).to(dtype)
             a, b = torch.randn(rank, IN, dtype=dtype), torch.randn(OUT, rank, dtype=dtype)
-            module.register_forward_hook(self.rows.add(str(number), a, b))
+            module.register_forward_hook(
+                self.rows.add(str(number), LowRank(a, b, 1.0), module.weight)
+            )
             self.modules.append(module)
             self.pairs.append((a, b))
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cllm_kernels.linear_argmax import native
+
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +21,10 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(True if tensor.dtype is torch.bool else -113)
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(params=["few", "many"])
+def both_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test of linear_argmax twice: with the CPU's product of few rows, and that of many."""
+    if request.param == "many":
+        monkeypatch.setattr(native, "_FEW", 0)

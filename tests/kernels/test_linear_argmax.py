@@ -68,6 +68,7 @@ def test_full_vocabulary_and_many_rows():
     check(hidden, weight)
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_difference_below_16_bits_still_decides(backend, device, dtype):
@@ -93,6 +94,7 @@ def test_a_difference_below_16_bits_still_decides(backend, device, dtype):
         assert index.tolist() == [78, 78]
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_take_the_lowest_index(backend, device, dtype):
@@ -111,6 +113,7 @@ def test_ties_take_the_lowest_index(backend, device, dtype):
     assert value.tolist() == [32.0, 0.0, 0.0]
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturated_softcap_ties(backend, device, dtype):
@@ -128,6 +131,7 @@ def test_saturated_softcap_ties(backend, device, dtype):
     assert value.tolist() == [5.0, 0.0]
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_nan_and_infinite_rows(backend, device, softcap):
@@ -148,6 +152,7 @@ def test_nan_and_infinite_rows(backend, device, softcap):
         assert index.tolist() == [90, 0, 90, 90, 90] and torch.isnan(value).all()
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nan_in_16_bits(backend, device, dtype):
@@ -160,6 +165,7 @@ def test_nan_in_16_bits(backend, device, dtype):
             assert index.tolist() == [90] * 3 and torch.isnan(value).all()
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 def test_float16_scores_beyond_its_range(backend, device):
     """Sums above 65504 overflow a 16-bit matmul; the value is fp32 and must not."""
@@ -171,6 +177,7 @@ def test_float16_scores_beyond_its_range(backend, device):
     assert index.tolist() == [150, 150] and value.tolist() == [1280000.0] * 2
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 def test_strided_operands_and_no_rows(backend, device):
     hidden, weight, bias = operands(6, 260, 48, torch.float32, device)

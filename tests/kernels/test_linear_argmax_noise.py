@@ -57,6 +57,7 @@ def check_bits(hidden, weight, bias, temperature, noise):
     return index, value
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_samples_follow_the_softmax(backend, device, softcap, temperature):
     assert abs(value.double().mean().item() - centre) < 5 * 1.2825 / math.sqrt(samples)
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,6 +179,7 @@ def test_softcap_and_temperature_against_fp64(backend, device, dtype, softcap):
             assert torch.all((value.cpu().double() - chosen).abs() <= tolerance)
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(backend, device, dtype):
@@ -198,6 +201,7 @@ def test_extreme_logits(backend, device, dtype):
         assert not {50, 200} & set(index.tolist()) and index.unique().numel() > 40
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_nan_banned_tokens_and_no_rows(backend, device, softcap):
@@ -220,6 +224,7 @@ def test_nan_banned_tokens_and_no_rows(backend, device, softcap):
         assert index.shape == value.shape == (0,)
 
 
+@pytest.mark.usefixtures("both_products")
 @everywhere(OP)
 def test_strided_operands_and_ids(backend, device):
     hidden, weight, bias = whole_numbers(12, 260, 48, torch.float32, device)
@@ -259,6 +264,7 @@ def rounding_once(hidden, weight, *, out):
     return out.copy_(hidden.float() @ weight.float())
 
 
+@pytest.mark.usefixtures("both_products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_rounded_to_16_bits_are_looked_at_again(monkeypatch, dtype):
     """The way of CPUs with 16-bit matmul instructions, wherever this runs."""

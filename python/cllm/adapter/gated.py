@@ -6,17 +6,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..linears import add_term, fusable
 from ..traits import unwrapped
 from .errors import AdapterError
 from .fingerprint import base_fingerprint
 from .gate import Gate
-from .low_rank import LowRankRows
+from .low_rank import Casts, LowRankRows
 from .peft_format import find_folder, read_folder, write_folder
 from .peft_model import adapters_off, live_weights
 from .weights import LowRank, base_layer, check_target, linear_targets
@@ -56,6 +58,7 @@ class GatedAdapter:
         # of modules that read one input, see `LowRankRows`
         self._groups: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], ...]]
         self._groups = weakref.WeakKeyDictionary()
+        self._casts: Casts = {}
         self._warned = False
         self._lock = threading.Lock()
 
@@ -227,8 +230,9 @@ class GatedAdapter:
 
         Meanwhile PEFT adapters that the model itself carries are off. Every module of the adapter
         gets one forward hook, which does nothing while the gate is closed and adds the low-rank
-        term to the gated rows while it is open. Weights are cast here, once: to the modules' dtype,
-        on a CPU to fp32 at least.
+        term to the gated rows while it is open; or finds it there, where the layer runs in
+        `cllm.linears.block_linears`. Weights are cast once, when they are first needed: to the
+        modules' dtype, for the hooks on a CPU to fp32 at least.
 
         Yields:
             The `Gate`, closed. It is open for the thread that opens it only, so that other threads
@@ -241,27 +245,19 @@ class GatedAdapter:
         base = unwrapped(model)
         gate = Gate()
         rows = LowRankRows(gate, self._groups.get(base))
-        hooks = []
-        with adapters_off(base):
+        with adapters_off(base), ExitStack() as stack:
+            for name, pair in self.weights.items():
+                module = base.get_submodule(name)
+                like: Any = base_layer(module).weight
+                hook = module.register_forward_hook(rows.add(name, pair, like))
+                stack.callback(hook.remove)
+                if fusable(module):
+                    stack.callback(add_term(module, rows.fused(self._casts, name, pair, like)))
             try:
-                for name, pair in self.weights.items():
-                    module = base.get_submodule(name)
-                    like: Any = base_layer(module).weight
-                    # thin 16-bit products on a CPU take ten times as long as those in fp32
-                    dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-                    dtype = torch.promote_types(like.dtype, dtype)
-                    a = pair.a.to(like.device, dtype)
-                    # scaled before it is rounded
-                    precise = torch.promote_types(pair.b.dtype, torch.float32)
-                    b = (pair.b.to(like.device, precise) * pair.scaling).to(dtype)
-                    hooks.append(module.register_forward_hook(rows.add(name, a, b)))
-                rows.stack()
                 yield gate
             finally:
                 if rows.groups is not None:
                     self._groups[base] = rows.groups
-                for hook in hooks:
-                    hook.remove()
 
     def __repr__(self) -> str:
         ranks = ", ".join(map(str, self.ranks))
@@ -270,11 +266,18 @@ class GatedAdapter:
         )
 
 
+@lru_cache(maxsize=2)
+def _loaded(folder: Path, files: tuple[tuple[str, int], ...]) -> GatedAdapter:
+    """The adapter in a folder whose files, with their times, are these."""
+    return GatedAdapter.load(folder)
+
+
 def resolve_adapter(adapter: Any) -> GatedAdapter:
     """What the ``adapter`` of `cllm.generate` and `cllm.patch` stands for.
 
     Args:
-        adapter: a `GatedAdapter`, a folder or hub id, or a model with a PEFT adapter.
+        adapter: a `GatedAdapter`, a folder or hub id, or a model with a PEFT adapter. The two
+            folders last used are kept in memory, as long as their files do not change.
 
     Raises:
         AdapterError: as `GatedAdapter.load` and `GatedAdapter.from_peft`.
@@ -283,7 +286,9 @@ def resolve_adapter(adapter: Any) -> GatedAdapter:
     if isinstance(adapter, GatedAdapter):
         return adapter
     if isinstance(adapter, (str, Path)):
-        return GatedAdapter.load(adapter)
+        folder = find_folder(adapter)
+        files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
+        return _loaded(folder.resolve(), files)
     if isinstance(adapter, torch.nn.Module):
         return GatedAdapter.from_peft(adapter)
     raise TypeError(

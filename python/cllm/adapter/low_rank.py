@@ -1,4 +1,7 @@
-"""The low-rank term of gated rows: ``(x @ a^T) @ b^T``, added to a module's output in place.
+"""The low-rank term of gated rows: ``(x @ a^T) @ b^T``.
+
+On a CPU it is a part of the layer's own product (`cllm.linears`). Everywhere else, and in forwards
+of many rows, a hook adds it to the module's output in place.
 
 Modules that read one input (query, key and value projections; gate and up projections) have their
 A matrices stacked, so that one product serves all of them. Which modules do is seen, not guessed:
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,26 +20,96 @@ from torch import Tensor
 
 from ..traits import UnsupportedModelError
 from .gate import Gate
+from .weights import LowRank
 
 Hook = Callable[[torch.nn.Module, Any, Any], None]
 
 
 class _Part:
-    """One module's matrices.
+    """One module's matrices for its hook; made when the hook first needs them.
 
     Attributes:
-        a: [r, in]; within its group's stack, where it has a group.
-        b: [r, out], transposed, with the scale in it.
         group: of modules that read the same input, None for a module alone.
         columns: of the group's product [.., sum of r] that are this module's.
     """
 
-    def __init__(self, name: str, a: Tensor, b: Tensor) -> None:
+    def __init__(self, name: str, weights: LowRank, like: Tensor) -> None:
         self.name = name
-        self.a = a
-        self.b = b.t()
         self.group: _Group | None = None
-        self.columns = slice(0, a.shape[0])
+        self.columns = slice(0, weights.rank)
+        self._weights = weights
+        self._device = like.device
+        # thin 16-bit products on a CPU take ten times as long as those in fp32
+        least = torch.float32 if like.device.type == "cpu" else like.dtype
+        self._dtype = torch.promote_types(like.dtype, least)
+
+    @cached_property
+    def a(self) -> Tensor:
+        """[r, in]; within its group's stack, where it has a group."""
+        return self._weights.a.to(self._device, self._dtype)
+
+    @cached_property
+    def b(self) -> Tensor:
+        """[r, out], transposed, with the scale in it."""
+        return _scaled(self._weights, self._device).to(self._dtype).t()
+
+
+# Of a module's name: the versions of its two tensors, and what `FusedTerm` made of them.
+Casts = dict[tuple[str, torch.dtype], tuple[tuple[int, int], tuple[Tensor, Tensor]]]
+
+
+class FusedTerm:
+    """One module's matrices as `cllm_kernels.block_linear` takes them (a `cllm.linears.Term`).
+
+    Args:
+        casts: what earlier calls made of the same adapter, to be used again unless a tensor has
+            changed since; added to.
+    """
+
+    def __init__(
+        self, gate: Gate, seen: _Seen, casts: Casts, name: str, weights: LowRank, like: Tensor
+    ) -> None:
+        self.rows = gate.rows
+        self._seen = seen
+        self._casts = casts
+        self._name = name
+        self._weights = weights
+        self._dtype = like.dtype
+
+    @cached_property
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, filled up
+        with zeros to a multiple of 32."""
+        weights, key = self._weights, (self._name, self._dtype)
+        versions = _version(weights.a), _version(weights.b)
+        known = self._casts.get(key)
+        if known is not None and known[0] == versions:
+            return known[1]
+        cpu = torch.device("cpu")
+        b = _scaled(weights, cpu)
+        a = weights.a.to(cpu, b.dtype)
+        # finite in every dtype: infinity times the zeros of rows that are not gated would be NaN
+        most = torch.finfo(self._dtype).max
+        a, b = (tensor.clamp(-most, most).to(self._dtype) for tensor in (a, b))
+        empty = -weights.rank % 32
+        pad = torch.nn.functional.pad
+        made = pad(a, (0, 0, 0, empty)), pad(b, (0, empty))
+        self._casts[key] = versions, made
+        return made
+
+    def added(self, output: Tensor) -> None:
+        self._seen.fused = output
+
+
+def _version(tensor: Tensor) -> int:
+    """Goes up with every change in place; nobody counts those of inference tensors."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _scaled(weights: LowRank, device: torch.device) -> Tensor:
+    """b with the scale in it, before anything is rounded."""
+    precise = torch.promote_types(weights.b.dtype, torch.float32)
+    return weights.b.to(device, precise) * weights.scaling
 
 
 class _Group:
@@ -63,6 +137,7 @@ class _Seen(threading.local):
         x, version, rows: the input of the latest product that others may share, its version, and
             the opening of the gate.
         product: [rows, sum of r] of `x` and the stack of `group`.
+        fused: the latest output that has its term already.
         runs: while groups are unknown, the parts in the order they ran, neighbours of one input
             together.
     """
@@ -73,6 +148,7 @@ class _Seen(threading.local):
         self.rows: tuple[int, int, int] | None = None
         self.group: _Group | None = None
         self.product: Tensor | None = None
+        self.fused: Tensor | None = None
         self.runs: list[list[_Part]] = []
 
 
@@ -90,21 +166,22 @@ class LowRankRows:
         self.gate = gate
         self.groups = groups
         self._parts: dict[str, _Part] = {}
+        self._stacked = False
         self._seen = _Seen()
 
-    def add(self, name: str, a: Tensor, b: Tensor) -> Hook:
-        """A forward hook of the module called `name`.
+    def fused(self, casts: Casts, name: str, weights: LowRank, like: Tensor) -> FusedTerm:
+        """The term of the module called `name`, which needs its hook all the same."""
+        return FusedTerm(self.gate, self._seen, casts, name, weights, like)
 
-        Args:
-            a: [r, in] and b: [out, r] on the device of the module, in the dtype to multiply in; the
-                scale is in b.
-        """
-        part = self._parts[name] = _Part(name, a, b)
+    def add(self, name: str, weights: LowRank, like: Tensor) -> Hook:
+        """A forward hook of the module called `name`, whose own weights are like `like`."""
+        part = self._parts[name] = _Part(name, weights, like)
+        seen = self._seen
         gate = self.gate
 
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             rows = gate.rows()
-            if rows is None:
+            if rows is None or output is seen.fused:
                 return
             first, batch, width = rows
             x: Any = inputs[0] if inputs else None
@@ -129,8 +206,9 @@ class LowRankRows:
 
         return hook
 
-    def stack(self) -> None:
-        """Once every module has its hook: stack what is known to read one input."""
+    def _stack(self) -> None:
+        """Stack what is known to read one input."""
+        self._stacked = True
         for names in self.groups or ():
             parts = [self._parts[name] for name in names]
             if _stackable(parts):  # the model may have been moved since they were found
@@ -143,6 +221,8 @@ class LowRankRows:
             return _product(part.a, x, rows)
         if self.groups is None:
             self._look(part, x)
+        elif not self._stacked:
+            self._stack()
         group = part.group
         if group is None:
             return _product(part.a, x, rows)
@@ -166,7 +246,7 @@ class LowRankRows:
             runs, seen.runs = seen.runs, []
             names = [tuple(part.name for part in run) for run in runs if _stackable(run)]
             self.groups = tuple(names)
-            self.stack()
+            self._stack()
             return
         if seen.runs and seen.x is x and seen.version == x._version:
             seen.runs[-1].append(part)

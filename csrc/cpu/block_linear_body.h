@@ -1,0 +1,169 @@
+// block_linear.h over a vector type. Each block_linear_<isa>.cpp defines `Simd` and includes this,
+// all inside an anonymous namespace: no function here may be shared between translation units that
+// are compiled for different instruction sets.
+//
+// A tile is some rows of x times some rows of the weight, one vector of partial sums for each pair,
+// along the width. Both lie along the width as they are, so nothing is packed: a weight is read
+// from memory once, in the order it lies there, and used for every row while it is in L2.
+//
+// What is summed in which order depends on the width alone: a row's result has the same bits in
+// every tile, beside any other rows.
+
+using Vec = Simd::Vec;
+
+// A type of weights: Element as it lies in memory, Input what the rows of x have become (see
+// block_linear.h), kStep elements of each that one multiply_add takes.
+struct Float32 {
+    using Element = float;
+    using Input = float;
+    static constexpr int64_t kStep = Simd::kWidth;
+    static Vec load(const float* data) { return Simd::load(data); }
+    static Vec load_input(const float* data) { return Simd::load(data); }
+    static Vec multiply_add(Vec a, Vec b, Vec c) { return Simd::multiply_add(a, b, c); }
+    static float widen(float x) { return x; }
+    static float narrow(float x) { return x; }
+};
+struct BFloat16 : Float32 {
+    using Element = uint16_t;
+    static Vec load(const uint16_t* data) { return Simd::load_bf16(data); }
+    static float widen(uint16_t x) { return widen_bf16(x); }
+    static uint16_t narrow(float x) { return narrow_bf16(x); }
+};
+struct Float16 : Float32 {
+    using Element = uint16_t;
+    static Vec load(const uint16_t* data) { return Simd::load_f16(data); }
+    static float widen(uint16_t x) { return widen_f16(x); }
+    static uint16_t narrow(float x) { return narrow_f16(x); }
+};
+
+// Rows of the weight per tile, by rows of x: what the registers hold.
+constexpr int kMostRows = 6;
+constexpr int weights_per_tile(int rows) {
+    return Simd::kAccumulators / rows < 6 ? Simd::kAccumulators / rows : 6;
+}
+
+// About a third of the smallest L2: what the rows of x in groups of kMostRows share.
+constexpr int64_t kSharedBytes = 128 << 10;
+
+// Adds the products of `width` elements: of rows of the weight, stride apart, and of rows of the
+// input, padded apart.
+template <typename Type, int kRows, int kWeights, bool kPrefetch>
+inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Element* weight,
+                       int64_t stride, const typename Type::Input* input, int64_t padded,
+                       int64_t width) {
+    constexpr int64_t kStep = Type::kStep;
+    const int64_t whole = width / kStep * kStep;
+    for (int64_t k = 0; k < whole; k += kStep) {
+        decltype(Type::load(weight)) weights[kWeights];
+        for (int c = 0; c < kWeights; ++c) {
+            const auto* const place = weight + c * stride + k;
+            weights[c] = Type::load(place);
+            // A row of the weight ends before the hardware has seen where it leads.
+            if (kPrefetch) Simd::prefetch(place + kWeights * stride);
+        }
+        for (int r = 0; r < kRows; ++r) {
+            const auto row = Type::load_input(input + r * padded + k);
+            for (int c = 0; c < kWeights; ++c) {
+                sums[r][c] = Type::multiply_add(row, weights[c], sums[r][c]);
+            }
+        }
+    }
+    if (whole == width) return;
+    for (int c = 0; c < kWeights; ++c) {
+        typename Type::Element rest[kStep] = {};
+        __builtin_memcpy(rest, weight + c * stride + whole, (width - whole) * sizeof rest[0]);
+        const auto weights = Type::load(rest);
+        for (int r = 0; r < kRows; ++r) {
+            const auto row = Type::load_input(input + r * padded + whole);
+            sums[r][c] = Type::multiply_add(row, weights, sums[r][c]);
+        }
+    }
+}
+
+template <typename Type, typename Out, int kRows, int kWeights, bool kPrefetch>
+void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t column) {
+    using Element = typename Type::Element;
+    using Input = typename Type::Input;
+    Vec sums[kRows][kWeights];
+    for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kWeights; ++c) sums[r][c] = Simd::fill(0.0f);
+    }
+    accumulate<Type, kRows, kWeights, kPrefetch>(
+        sums, static_cast<const Element*>(linear.weight) + column * linear.weight_stride,
+        linear.weight_stride, static_cast<const Input*>(input.x) + row * input.padded, input.padded,
+        linear.width);
+    if (input.low != nullptr) {
+        // In the same sums: a row that is not gated adds zeros, which changes none of its bits.
+        accumulate<Type, kRows, kWeights, false>(
+            sums, static_cast<const Element*>(linear.b) + column * linear.rank, linear.rank,
+            static_cast<const Input*>(input.low) + row * input.padded_rank, input.padded_rank,
+            linear.rank);
+    }
+    for (int r = 0; r < kRows; ++r) {
+        auto* const out = static_cast<typename Out::Element*>(linear.out) +
+                          (row + r) * linear.out_stride + column;
+        for (int c = 0; c < kWeights; ++c) {
+            float sum = Simd::reduce_add(sums[r][c]);
+            if (linear.bias != nullptr) {
+                sum += Type::widen(static_cast<const Element*>(linear.bias)[column + c]);
+            }
+            out[c] = Out::narrow(sum);
+        }
+    }
+}
+
+template <typename Type, typename Out, int kRows, bool kPrefetch>
+void columns(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t first,
+             int64_t last) {
+    constexpr int kWeights = weights_per_tile(kRows);
+    int64_t column = first;
+    for (; column + kWeights <= last; column += kWeights) {
+        tile<Type, Out, kRows, kWeights, kPrefetch>(linear, input, row, column);
+    }
+    for (; column < last; ++column) {
+        tile<Type, Out, kRows, 1, false>(linear, input, row, column);
+    }
+}
+
+template <typename Type, typename Out, bool kPrefetch>
+void group(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t rows,
+           int64_t first, int64_t last) {
+    static_assert(kMostRows == 6, "one case for every number of rows");
+    switch (rows) {
+        case 1:
+            return columns<Type, Out, 1, kPrefetch>(linear, input, row, first, last);
+        case 2:
+            return columns<Type, Out, 2, kPrefetch>(linear, input, row, first, last);
+        case 3:
+            return columns<Type, Out, 3, kPrefetch>(linear, input, row, first, last);
+        case 4:
+            return columns<Type, Out, 4, kPrefetch>(linear, input, row, first, last);
+        case 5:
+            return columns<Type, Out, 5, kPrefetch>(linear, input, row, first, last);
+        default:
+            return columns<Type, Out, 6, kPrefetch>(linear, input, row, first, last);
+    }
+}
+
+template <typename Type, typename Out>
+void typed_span(const BlockLinear& linear, const BlockLinearInput& input, int64_t first,
+                int64_t last) {
+    const int64_t row_bytes = linear.weight_stride * sizeof(typename Type::Element);
+    // 60: a multiple of every number of weights per tile
+    const int64_t shared =
+        row_bytes * 60 < kSharedBytes ? kSharedBytes / (row_bytes * 60) * 60 : 60;
+    const int64_t groups = (linear.rows + kMostRows - 1) / kMostRows;
+    for (int64_t begin = first; begin < last; begin += shared) {
+        const int64_t end = begin + shared < last ? begin + shared : last;
+        int64_t row = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t next = linear.rows * (g + 1) / groups;
+            if (g == 0) {
+                group<Type, Out, true>(linear, input, row, next - row, begin, end);
+            } else {
+                group<Type, Out, false>(linear, input, row, next - row, begin, end);
+            }
+            row = next;
+        }
+    }
+}

@@ -1,0 +1,119 @@
+"""Linear layers of few rows on a CPU, through `cllm_kernels.block_linear`.
+
+torch's own product of few rows reads the weights at less than half of the speed of memory, and the
+bits of a row change with the number of rows. Here neither is so: what one-token decoding and a
+window of n tokens give in a linear layer is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import cllm_kernels
+
+# More rows are a matter of arithmetic, not of memory, and torch's.
+MOST_ROWS = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Term(Protocol):
+    """A low-rank term that some rows of a layer get, in some forwards of some threads."""
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """a [R, in] and b [out, R], as `cllm_kernels.block_linear` takes them."""
+
+    def rows(self) -> tuple[int, int, int] | None:
+        """(first, batch, width): forwards over [batch, width] tokens get it from column `first`
+        on; None: this thread's forward does not get it."""
+
+    def added(self, output: Tensor) -> None:
+        """Told of the output that has the term in it."""
+
+
+_lock = threading.Lock()
+# modules whose forward is replaced right now -> by how many calls
+_users: dict[torch.nn.Module, int] = {}
+_terms: dict[torch.nn.Module, tuple[Term, ...]] = {}
+
+
+@contextmanager
+def block_linears(model: torch.nn.Module) -> Iterator[None]:
+    """Let the linear layers of `model` that are on a CPU take up to `MOST_ROWS` rows through
+    `cllm_kernels.block_linear`, for a while.
+
+    Only layers that are `fusable`. The last concurrent call to leave puts the layers' own forward
+    back.
+    """
+    with _lock:
+        chosen = [module for module in model.modules() if module in _users or fusable(module)]
+        for module in chosen:
+            if module not in _users:
+                module.forward = partial(_forward, module, module.forward)
+            _users[module] = _users.get(module, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in chosen:
+                _users[module] -= 1
+                if not _users[module]:
+                    del _users[module]
+                    del module.forward
+
+
+def fusable(module: torch.nn.Module) -> bool:
+    """A plain `torch.nn.Linear` on a CPU in a dtype of the kernels: no subclass (a quantised layer,
+    say), nothing parametrised, and no layer whose forward is somebody's own."""
+    if type(module) is not torch.nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    return type(weight) is torch.nn.Parameter and weight.is_cpu and weight.dtype in _DTYPES
+
+
+def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
+    """Give `module` a term wherever it runs in `block_linears`; returns what takes it back."""
+    with _lock:
+        _terms[module] = (*_terms.get(module, ()), term)
+
+    def remove() -> None:
+        with _lock:
+            left = tuple(other for other in _terms[module] if other is not term)
+            if left:
+                _terms[module] = left
+            else:
+                del _terms[module]
+
+    return remove
+
+
+def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out]."""
+    if not x.dim() or x.numel() > MOST_ROWS * x.shape[-1]:
+        return own(x)
+    for term in _terms.get(module, ()):
+        rows = term.rows()
+        if rows is None:
+            continue
+        first, *window = rows
+        if list(x.shape[:-1]) != window:
+            if x.shape[:-1] != (window[0] * window[1],):
+                return own(x)
+            x = x.unflatten(0, window)
+            flat = True
+        else:
+            flat = False
+        output = cllm_kernels.block_linear(
+            x, module.weight, module.bias, low_rank=term.low_rank, gated_from=first
+        )
+        output = output.flatten(0, 1) if flat else output
+        term.added(output)
+        return output
+    return cllm_kernels.block_linear(x, module.weight, module.bias)
