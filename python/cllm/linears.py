@@ -34,13 +34,19 @@ class Term(Protocol):
         """(first, batch, width): forwards over [batch, width] tokens get it from column `first`
         on; None: this thread's forward does not get it."""
 
-    def added(self, output: Tensor) -> None:
-        """Told of the output that has the term in it."""
+    def add(self, x: Tensor, output: Tensor, rows: tuple[int, int, int]) -> None:
+        """Add it in place to the output of a forward that `cllm_kernels.block_linear` is not for.
+
+        Args:
+            x: [.., in] and output: [.., out]; .. is batch and width, or their product.
+        """
 
 
 _lock = threading.Lock()
-# modules whose forward is replaced right now -> by how many calls
+# modules whose forward is replaced right now -> for how many reasons
 _users: dict[torch.nn.Module, int] = {}
+# those among them that `block_linears` is for
+_blocks: dict[torch.nn.Module, int] = {}
 _terms: dict[torch.nn.Module, tuple[Term, ...]] = {}
 
 
@@ -55,32 +61,38 @@ def block_linears(model: torch.nn.Module) -> Iterator[None]:
     with _lock:
         chosen = [module for module in model.modules() if module in _users or fusable(module)]
         for module in chosen:
-            if module not in _users:
-                module.forward = partial(_forward, module, module.forward)
-            _users[module] = _users.get(module, 0) + 1
+            _enter(module)
+            _blocks[module] = _blocks.get(module, 0) + 1
     try:
         yield
     finally:
         with _lock:
             for module in chosen:
-                _users[module] -= 1
-                if not _users[module]:
-                    del _users[module]
-                    del module.forward
+                _blocks[module] -= 1
+                if not _blocks[module]:
+                    del _blocks[module]
+                _leave(module)
 
 
 def fusable(module: torch.nn.Module) -> bool:
     """A plain `torch.nn.Linear` on a CPU in a dtype of the kernels: no subclass (a quantised layer,
-    say), nothing parametrised, and no layer whose forward is somebody's own."""
-    if type(module) is not torch.nn.Linear or "forward" in module.__dict__:
+    say), nothing parametrised, and no layer whose forward is somebody else's already."""
+    if type(module) is not torch.nn.Linear:
+        return False
+    if "forward" in module.__dict__ and module not in _users:
         return False
     weight = module.weight
     return type(weight) is torch.nn.Parameter and weight.is_cpu and weight.dtype in _DTYPES
 
 
 def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
-    """Give `module` a term wherever it runs in `block_linears`; returns what takes it back."""
+    """Give `module`, which is `fusable`, a term; returns what takes it back.
+
+    In `block_linears` it is a part of the product of few rows. Otherwise the layer's output is what
+    it was, with the term added to it.
+    """
     with _lock:
+        _enter(module)
         _terms[module] = (*_terms.get(module, ()), term)
 
     def remove() -> None:
@@ -90,30 +102,39 @@ def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
                 _terms[module] = left
             else:
                 del _terms[module]
+            _leave(module)
 
     return remove
 
 
+def _enter(module: Any) -> None:
+    if module not in _users:
+        module.forward = partial(_forward, module, module.forward)
+    _users[module] = _users.get(module, 0) + 1
+
+
+def _leave(module: Any) -> None:
+    _users[module] -= 1
+    if not _users[module]:
+        del _users[module]
+        del module.forward
+
+
 def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x [..., in] -> [..., out]."""
-    if not x.dim() or x.numel() > MOST_ROWS * x.shape[-1]:
-        return own(x)
+    few = module in _blocks and x.dim() > 0 and x.numel() <= MOST_ROWS * x.shape[-1]
     for term in _terms.get(module, ()):
         rows = term.rows()
         if rows is None:
             continue
-        first, *window = rows
-        if list(x.shape[:-1]) != window:
-            if x.shape[:-1] != (window[0] * window[1],):
-                return own(x)
-            x = x.unflatten(0, window)
-            flat = True
-        else:
-            flat = False
-        output = cllm_kernels.block_linear(
-            x, module.weight, module.bias, low_rank=term.low_rank, gated_from=first
-        )
-        output = output.flatten(0, 1) if flat else output
-        term.added(output)
+        first, batch, width = rows
+        if few and x.dim() == 3 and x.shape[:2] == (batch, width):
+            return cllm_kernels.block_linear(
+                x, module.weight, module.bias, low_rank=term.low_rank, gated_from=first
+            )
+        output = own(x)
+        term.add(x, output, rows)
         return output
-    return cllm_kernels.block_linear(x, module.weight, module.bias)
+    if few:
+        return cllm_kernels.block_linear(x, module.weight, module.bias)
+    return own(x)

@@ -29,7 +29,7 @@ class Rows:
             module = torch.nn.Linear(IN, OUT).to(dtype)
             a, b = torch.randn(rank, IN, dtype=dtype), torch.randn(OUT, rank, dtype=dtype)
             module.register_forward_hook(
-                self.rows.add(str(number), LowRank(a, b, 1.0), module.weight)
+                self.rows.hook(str(number), LowRank(a, b, 1.0), module.weight)
             )
             self.modules.append(module)
             self.pairs.append((a, b))

@@ -229,10 +229,9 @@ class GatedAdapter:
         """Put the adapter behind a gate of `model`, for a while.
 
         Meanwhile PEFT adapters that the model itself carries are off. Every module of the adapter
-        gets one forward hook, which does nothing while the gate is closed and adds the low-rank
-        term to the gated rows while it is open; or finds it there, where the layer runs in
-        `cllm.linears.block_linears`. Weights are cast once, when they are first needed: to the
-        modules' dtype, for the hooks on a CPU to fp32 at least.
+        adds the low-rank term to the gated rows while the gate is open: plain linear layers on a
+        CPU by `cllm.linears.add_term`, all others by a forward hook. Weights are cast once, when
+        they are first needed: to the modules' dtype, to be added on a CPU to fp32 at least.
 
         Yields:
             The `Gate`, closed. It is open for the thread that opens it only, so that other threads
@@ -249,10 +248,11 @@ class GatedAdapter:
             for name, pair in self.weights.items():
                 module = base.get_submodule(name)
                 like: Any = base_layer(module).weight
-                hook = module.register_forward_hook(rows.add(name, pair, like))
-                stack.callback(hook.remove)
                 if fusable(module):
-                    stack.callback(add_term(module, rows.fused(self._casts, name, pair, like)))
+                    stack.callback(add_term(module, rows.term(self._casts, name, pair, like)))
+                else:
+                    hook = module.register_forward_hook(rows.hook(name, pair, like))
+                    stack.callback(hook.remove)
             try:
                 yield gate
             finally:

@@ -23,6 +23,7 @@ from .gate import Gate
 from .weights import LowRank
 
 Hook = Callable[[torch.nn.Module, Any, Any], None]
+Add = Callable[[Any, Any, tuple[int, int, int]], None]
 
 
 class _Part:
@@ -62,15 +63,16 @@ class FusedTerm:
     """One module's matrices as `cllm_kernels.block_linear` takes them (a `cllm.linears.Term`).
 
     Args:
+        add: adds the term to an output, as the hook does.
         casts: what earlier calls made of the same adapter, to be used again unless a tensor has
             changed since; added to.
     """
 
     def __init__(
-        self, gate: Gate, seen: _Seen, casts: Casts, name: str, weights: LowRank, like: Tensor
+        self, gate: Gate, add: Add, casts: Casts, name: str, weights: LowRank, like: Tensor
     ) -> None:
         self.rows = gate.rows
-        self._seen = seen
+        self.add = add
         self._casts = casts
         self._name = name
         self._weights = weights
@@ -96,9 +98,6 @@ class FusedTerm:
         made = pad(a, (0, 0, 0, empty)), pad(b, (0, empty))
         self._casts[key] = versions, made
         return made
-
-    def added(self, output: Tensor) -> None:
-        self._seen.fused = output
 
 
 def _version(tensor: Tensor) -> int:
@@ -137,7 +136,6 @@ class _Seen(threading.local):
         x, version, rows: the input of the latest product that others may share, its version, and
             the opening of the gate.
         product: [rows, sum of r] of `x` and the stack of `group`.
-        fused: the latest output that has its term already.
         runs: while groups are unknown, the parts in the order they ran, neighbours of one input
             together.
     """
@@ -148,12 +146,11 @@ class _Seen(threading.local):
         self.rows: tuple[int, int, int] | None = None
         self.group: _Group | None = None
         self.product: Tensor | None = None
-        self.fused: Tensor | None = None
         self.runs: list[list[_Part]] = []
 
 
 class LowRankRows:
-    """Makes the hooks of the modules that an adapter targets.
+    """Makes the terms and hooks of the modules that an adapter targets.
 
     Args:
         gate: says which rows get the term. The others are not touched: no product with a mask, so
@@ -169,22 +166,27 @@ class LowRankRows:
         self._stacked = False
         self._seen = _Seen()
 
-    def fused(self, casts: Casts, name: str, weights: LowRank, like: Tensor) -> FusedTerm:
-        """The term of the module called `name`, which needs its hook all the same."""
-        return FusedTerm(self.gate, self._seen, casts, name, weights, like)
+    def term(self, casts: Casts, name: str, weights: LowRank, like: Tensor) -> FusedTerm:
+        """The term of a `cllm.linears.fusable` module."""
+        return FusedTerm(self.gate, self._adder(name, weights, like), casts, name, weights, like)
 
-    def add(self, name: str, weights: LowRank, like: Tensor) -> Hook:
+    def hook(self, name: str, weights: LowRank, like: Tensor) -> Hook:
         """A forward hook of the module called `name`, whose own weights are like `like`."""
-        part = self._parts[name] = _Part(name, weights, like)
-        seen = self._seen
-        gate = self.gate
+        add, gate = self._adder(name, weights, like), self.gate
 
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             rows = gate.rows()
-            if rows is None or output is seen.fused:
-                return
+            if rows is not None:
+                add(inputs[0] if inputs else None, output, rows)
+
+        return hook
+
+    def _adder(self, name: str, weights: LowRank, like: Tensor) -> Add:
+        """What adds the term to the gated rows of a module's output."""
+        part = self._parts[name] = _Part(name, weights, like)
+
+        def add(x: Any, output: Any, rows: tuple[int, int, int]) -> None:
             first, batch, width = rows
-            x: Any = inputs[0] if inputs else None
             for tensor in (x, output):
                 if not isinstance(tensor, Tensor) or tensor.shape[:-1] not in (
                     (batch, width),
@@ -204,7 +206,7 @@ class LowRankRows:
                 target = output.view(batch, width, -1)[:, first:]
             target.add_(shrunk @ part.b)
 
-        return hook
+        return add
 
     def _stack(self) -> None:
         """Stack what is known to read one input."""
