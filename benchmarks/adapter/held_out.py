@@ -2,12 +2,13 @@
 
 Three questions, for every task:
 
-- tokens per forward, of plain Jacobi decoding of the base and with the adapter, in fp32;
+- tokens per forward, of plain Jacobi decoding of the base and with the adapter, each without and
+  with guesses looked up in the text, in fp32;
 - the text beside HuggingFace's greedy search of the base, token for token, for every prompt in
   fp32; a text that differs is looked at by `cllm.verify`: a near-tie that another width of forward
   decides, or an error;
-- the clock: HuggingFace, plain Jacobi and gated decoding prompt by prompt in turn, at the sizes
-  that `cllm.tune` finds for the data type.
+- the clock: HuggingFace, plain Jacobi and gated decoding prompt by prompt in turn, both with
+  looking up, at the sizes that `cllm.tune` finds for the data type.
 
     python benchmarks/adapter/held_out.py --tasks recipes/adapter_held_out.yaml \
         --adapter runs/gated_cpu --work runs/adapter-held-out --record cpu
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -40,6 +42,7 @@ from benchmarks.harness import load, provenance, spread, write_record
 from benchmarks.tasks import Kept, Task, read_tasks, token_caps, weights_digest
 
 HUGGINGFACE, PLAIN, GATED = "HuggingFace greedy", "Jacobi", "Jacobi, gated adapter"
+LOOKED_UP = ", looked up"
 # a prompt's token ids and the most new tokens -> new token ids and forwards
 Contender = Callable[[list[int], int], tuple[list[int], int]]
 
@@ -188,19 +191,20 @@ class Run:
             if not options.task or task.name in options.task
         ]
 
-    def counted(self, task: Task, window: Window) -> tuple[float, list[list[int]]]:
+    def counted(self, task: Task, window: Window, looked_up: bool) -> tuple[float, list[list[int]]]:
         """Tokens per forward of the base, and the texts. Decoded in batches: a row's forwards do
         not depend on the other rows."""
+        config = window.config if looked_up else replace(window.config, lookup=0)
 
         def decode() -> list[dict[str, Any]]:
             found = decode_texts(
-                self.base, self.tokenizer, task.prompts, config=window.config,
+                self.base, self.tokenizer, task.prompts, config=config,
                 max_new_tokens=task.max_new_tokens, batch_size=self.options.batch_size,
                 adapter=self.adapter if window.gated else None,
             )  # fmt: skip
             return [vars(text) for text in found]
 
-        key = [*self.key, task.prompts, task.max_new_tokens, asdict(window)]
+        key = [*self.key, task.prompts, task.max_new_tokens, asdict(config)]
         found = self.kept.get(f"texts-{task.name}", key, decode)
         texts = [text["tokens"] for text in found]
         return sum(map(len, texts)) / sum(text["forwards"] for text in found), texts
@@ -235,8 +239,10 @@ class Run:
         texts: dict[tuple[str, str], list[list[int]]] = {}
         for task in self.tasks:
             counted = {}
-            for name, window in ((PLAIN, Window(counting.block_size)), (GATED, counting)):
-                rate, texts[task.name, name] = self.counted(task, window)
+            windows = {PLAIN: Window(counting.block_size), GATED: counting}
+            for kind, end in itertools.product(windows, ("", LOOKED_UP)):
+                name = kind + end
+                rate, texts[task.name, name] = self.counted(task, windows[kind], bool(end))
                 counted[name] = {"tokens_per_forward": rate}
                 print(f"{task.name}, {name}: {rate:.3f} tokens a forward")
             found[task.name] = {

@@ -94,8 +94,8 @@ def held_out_section(found: dict[str, Any]) -> list[str]:
             "of HuggingFace greedy (quartiles)", "same text",
         ]  # fmt: skip
         lines += [
-            f"Against the clock in {dtype}, prompt by prompt in turn, batch 1, at the sizes that "
-            "`cllm tune` found on a few of these prompts:",
+            f"Against the clock in {dtype}, prompt by prompt in turn, batch 1, with guesses looked "
+            "up in the text, at the sizes that `cllm tune` found on a few of these prompts:",
             "",
             *table(head, rows),
         ]

@@ -227,6 +227,7 @@ def test_checking_fewer_tokens_caps_what_a_forward_commits():
         max_new_tokens=40,
         block_size=8,
         verify_size=2,
+        lookup=0,
         adapter=without_effect("llama"),
         record_trajectories=True,
         return_dict_in_generate=True,
@@ -273,7 +274,7 @@ def test_a_trained_adapter_is_faster_and_changes_nothing(tmp_path):
     inputs = prompts([9])
     expected = greedy(model, inputs, max_new_tokens=40, eos_token_id=None)
     peft = trained_adapter(model, inputs["input_ids"], expected[:, 9:])
-    settings = dict(max_new_tokens=40, block_size=8, eos_token_id=None)
+    settings = dict(max_new_tokens=40, block_size=8, eos_token_id=None, lookup=0)
     plain = cllm.generate(model, **inputs, **settings, return_dict_in_generate=True)
     assert digest(peft.get_base_model().model.embed_tokens) == digest(model.model.embed_tokens)
     folder = GatedAdapter.from_peft(peft, metadata={"gated": True}).save(tmp_path)

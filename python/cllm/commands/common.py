@@ -111,6 +111,16 @@ VerifySizeOption = Annotated[
         show_default=False,
     ),
 ]
+LookupOption = Annotated[
+    int | None,
+    typer.Option(
+        "--lookup",
+        min=0,
+        help="Most tokens of the text's end that are looked up in it for guesses; 0: none.  "
+        "[default: 3; 0 with --mode block]",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random guesses.")]
 ModeOption = Annotated[
     Mode, typer.Option("--mode", help="sliding window, or the paper's block by block.")
@@ -150,10 +160,13 @@ def decoding_config(
     seed: int,
     record: bool = False,
     verify_size: int | None = None,
+    lookup: int | None = None,
 ) -> JacobiConfig:
     """The options as a validated `JacobiConfig`."""
     from ..decoding import JacobiConfig
 
+    if lookup and mode is Mode.block:
+        raise CommandError(f"--lookup {lookup} needs --mode sliding: a block keeps its own guesses")
     return JacobiConfig(
         block_size=block_size,
         mode=mode.value,
@@ -161,6 +174,7 @@ def decoding_config(
         seed=seed,
         record_trajectories=record,
         verify_size=verify_size,
+        lookup=lookup,
     )
 
 

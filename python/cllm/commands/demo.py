@@ -17,6 +17,7 @@ from .common import (
     DtypeOption,
     Fill,
     FillOption,
+    LookupOption,
     MaxNewTokensOption,
     Mode,
     ModelOption,
@@ -86,6 +87,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    lookup: LookupOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
@@ -126,7 +128,7 @@ def demo(
         elif not no_adapter:
             guesser = shipped_for(loaded)
     n, v = sizes(block_size, verify_size, mode.value, guesser)
-    config = decoding_config(n, mode, fill, seed, verify_size=v)
+    config = decoding_config(n, mode, fill, seed, verify_size=v, lookup=lookup)
     facts = _facts(loaded, dtype, config, max_new_tokens, guesser)
     measurement, view = _measurement(
         loaded, config, max_new_tokens, facts, errors, guesser, as_json
@@ -246,6 +248,7 @@ def _facts(
         "adapter": guesser.to_json() if guesser is not None else None,
         "block_size": config.block_size,
         "verify_size": config.verify_size,
+        "lookup": config.longest_lookup,
         "mode": config.mode,
         "fill": config.fill,
         "seed": config.seed,

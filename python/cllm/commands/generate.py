@@ -22,6 +22,7 @@ from .common import (
     DtypeOption,
     Fill,
     FillOption,
+    LookupOption,
     MaxNewTokensOption,
     Mode,
     ModelOption,
@@ -89,6 +90,7 @@ def generate(
     block_size: BlockSizeOption = 8,
     adapter: AdapterOption = None,
     verify_size: VerifySizeOption = None,
+    lookup: LookupOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
@@ -115,6 +117,7 @@ def generate(
         seed,
         record=trajectories is not None,
         verify_size=verify_size,
+        lookup=lookup,
     )
     chosen = read_prompts(prompts) if prompts is not None else [_one_prompt(prompt)]
     settings = {
@@ -130,6 +133,8 @@ def generate(
     }
     if adapter is not None:
         settings |= {"adapter": adapter, "verify_size": verify_size}
+    if lookup is not None:
+        settings["lookup"] = lookup
 
     def start() -> _Run:
         loaded = load(model, dtype, device, threads, errors)

@@ -18,6 +18,7 @@ from ..traits import CACHE_ARGUMENTS
 from .config import Accept, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedLoop
+from .lookup import Lookup
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput
 from .stopping import StopRules
@@ -54,6 +55,8 @@ def jacobi_decode(
     accept: Accept | None = None,
     record_trajectories: bool | None = None,
     verify_size: int | None = None,
+    lookup: int | None = None,
+    lookup_least: int | None = None,
     adapter: Any = None,
     token_streamer: Any = None,
     **model_kwargs: Any,
@@ -94,6 +97,8 @@ def jacobi_decode(
         accept=accept,
         record_trajectories=record_trajectories,
         verify_size=verify_size,
+        lookup=lookup,
+        lookup_least=lookup_least,
     )
     check_verify_size(settings, adapter)
     if generation_config is None:
@@ -194,7 +199,13 @@ def _start(
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.block_size
     )
-    extra = dict(prompt_width=width, processors=processors, streamer=streamer)
+    lookup = None
+    if settings.longest_lookup and settings.block_size > 1:
+        longest, least = settings.longest_lookup, settings.lookup_least
+        # one token alone is worth less than what an adapter guesses
+        least = least or min(longest, 1 if gate is None else 2)
+        lookup = Lookup(longest, least, width - lengths)
+    extra = dict(prompt_width=width, lookup=lookup, processors=processors, streamer=streamer)
     if gate is None:
         return DecodingLoop(forward, state, settings, rules, **extra), seconds
     return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds

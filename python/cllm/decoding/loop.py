@@ -14,6 +14,7 @@ import cllm_kernels
 from ..trajectory import Iteration, Trajectory
 from .config import JacobiConfig
 from .forward import BlockForward
+from .lookup import Lookup
 from .processors import processed_argmax
 from .stopping import StopRules
 
@@ -120,6 +121,7 @@ class DecodingLoop:
         forward: the prefilled block forward.
         state: the rows.
         prompt_width: P, columns of `state.sequences` that hold the (padded) prompts.
+        lookup: where guesses come from beside the predictions; None: from nowhere.
         processors: logits processors, empty for a plain argmax.
         streamer: told of accepted tokens as they come (batch of 1).
     """
@@ -132,6 +134,7 @@ class DecodingLoop:
         rules: StopRules,
         *,
         prompt_width: int,
+        lookup: Lookup | None = None,
         processors: Any = (),
         streamer: Any = None,
     ):
@@ -140,6 +143,7 @@ class DecodingLoop:
         self.config = config
         self.rules = rules
         self.prompt_width = prompt_width
+        self.lookup = lookup
         self.processors = processors
         self.streamer = streamer
         self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
@@ -149,15 +153,24 @@ class DecodingLoop:
     def run(self) -> None:
         """Iterate until every row is done, time is up or `max_iterations` are spent."""
         started = time.perf_counter()
+        self._look_up()
         while not all(row.done for row in self.rows):
             if self.forwards == self.config.max_iterations:
                 break
             self._iterate()
+            self._look_up()
             if self.rules.per_iteration and self.rules.out_of_time(self.state.sequences):
                 break
         self.seconds = time.perf_counter() - started
         if self.streamer is not None:
             self.streamer.end()
+
+    def _look_up(self) -> None:
+        """Better guesses for the next window, from the text."""
+        if self.lookup is None:
+            return
+        state, end = self.state, max(row.generated for row in self.rows)
+        state.window = self.lookup.improved(state.window, state.sequences, state.generated, end)
 
     def _iterate(self) -> None:
         state, config = self.state, self.config

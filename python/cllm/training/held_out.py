@@ -60,7 +60,9 @@ class HeldOut:
         manifest = getattr(dataset, "manifest", None)
         block = args.eval_block_size or getattr(manifest, "block_size", None)
         self._settings: dict[str, Any] = {
-            "config": JacobiConfig(block_size=block or JacobiConfig.block_size, seed=args.seed),
+            "config": JacobiConfig(
+                block_size=block or JacobiConfig.block_size, seed=args.seed, lookup=0
+            ),
             "max_new_tokens": args.eval_max_new_tokens,
             "batch_size": args.per_device_eval_batch_size,
         }

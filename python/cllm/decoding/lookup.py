@@ -1,0 +1,90 @@
+"""Guesses from the text itself: what followed when it last ended as it does now.
+
+Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) as a
+source of guesses for the window. Only shapes decide what runs, and nothing is read back.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def look_up(
+    sequences: torch.Tensor,
+    generated: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    longest: int,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What followed the latest of the longest earlier occurrences of every row's end.
+
+    A text that repeats itself is taken to go on doing so: where the earlier occurrence is less than
+    `count` tokens back, the tokens since then follow again and again.
+
+    Args:
+        sequences: [B, L] int64, of row b the text in columns ``starts[b] .. generated[b] - 1``.
+        generated: [B], at least ``starts + 1``.
+        starts: [B].
+        longest: most tokens of the end that are compared, at least 1.
+        count: tokens to guess.
+
+    Returns:
+        (guesses [B, count], length [B]): how many tokens of the end were found again, 0 where not
+        even the last one was; the guesses of such a row mean nothing.
+    """
+    columns = torch.arange(sequences.shape[1], device=sequences.device)
+    last = (generated - 1)[:, None]
+    first = starts[:, None]
+    # [B, L]: how many tokens up to each column equal those at the end
+    run = torch.zeros_like(sequences)
+    alive = (columns >= first) & (columns < last)
+    for back in range(longest):
+        key = sequences.gather(1, (last - back).clamp(min=0))
+        # wraps around at the front, where columns - back lies before the row's start
+        alive = alive & (sequences.roll(back, dims=1) == key) & (columns - back >= first)
+        run = run + alive
+    score = run * sequences.shape[1] + columns
+    found = score.masked_fill(run == 0, -1).argmax(dim=1, keepdim=True)
+    length = run.gather(1, found)[:, 0]
+    period = (last - found).clamp(min=1)
+    steps = torch.arange(count, device=sequences.device)
+    place = (found + 1 + steps % period).clamp(max=sequences.shape[1] - 1)
+    return sequences.gather(1, place), length
+
+
+class Lookup:
+    """Puts guesses from the text into windows.
+
+    Args:
+        longest, least: most and fewest tokens of the end that must be found again.
+        starts: [B] first column of every row's text.
+    """
+
+    def __init__(self, longest: int, least: int, starts: torch.Tensor):
+        self.longest = longest
+        self.least = least
+        self.starts = starts
+
+    def improved(
+        self, window: torch.Tensor, sequences: torch.Tensor, generated: torch.Tensor, end: int
+    ) -> torch.Tensor:
+        """The window with guesses from the text, in rows whose end was found again.
+
+        Args:
+            window: [B, n], its first token the last committed one.
+            sequences, generated: as `look_up` takes them.
+            end: no row's text goes beyond this column.
+
+        Returns:
+            [B, n] contiguous.
+        """
+        guesses, length = look_up(
+            sequences[:, :end],
+            generated,
+            self.starts,
+            longest=self.longest,
+            count=window.shape[1] - 1,
+        )
+        proposed = torch.cat([window[:, :1], guesses], dim=1)
+        return torch.where((length >= self.least)[:, None], proposed, window)
