@@ -64,12 +64,18 @@ def cost(clock: ForwardClock, n: int, options: argparse.Namespace) -> dict[str, 
 
 @torch.no_grad()
 def memory(
-    model: Any, adapter: cllm.GatedAdapter, prompt: list[int], n: int, tokens: int
+    clock: ForwardClock,
+    model: Any,
+    adapter: cllm.GatedAdapter,
+    prompt: list[int],
+    n: int,
+    tokens: int,
 ) -> dict[str, Any]:
-    """Bytes of the adapter, and of the caches of a plain and a gated call of n = v."""
+    """Bytes of the adapter, which has not run yet, and of the caches of a plain and a gated call of
+    n = v."""
     before = tensor_bytes()
-    with adapter.applied(model):
-        in_use = tensor_bytes() - before
+    clock.gated(n, n, 1)
+    in_use = tensor_bytes() - before
     traits, ids = check_model(model), torch.tensor([prompt])
     caches = {}
     for name, rows in (("plain", n), ("gated", 2 * n)):
@@ -125,6 +131,7 @@ def main() -> None:
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(3, vocabulary, (options.context,), generator=generator).tolist()
     clock = ForwardClock(model, prompt, options.tokens + 2 * max(sizes), adapter)
+    found = memory(clock, model, adapter, prompt, max(sizes), options.tokens)
     record = {
         "provenance": provenance("cpu"),
         "base": options.base or "SmolLM2-135M-Instruct",
@@ -134,7 +141,7 @@ def main() -> None:
         "context": options.context,
         "rounds": options.rounds,
         "sizes": [cost(clock, n, options) for n in sizes],
-        "memory": memory(model, adapter, prompt, max(sizes), options.tokens),
+        "memory": found,
     }
     if options.record:
         print(write_record(record, options.record, f"gate_cost_{options.dtype}"))

@@ -385,6 +385,10 @@ def test_prompts_from_columns_with_few_shot_and_holdout(run, tmp_path, model_fol
     )
     groups = [{int(example.id) % 4 for example in rows(tmp_path / t)} for t in ("train", "holdout")]
     assert groups[0] and groups[1] and not groups[0] & groups[1]
+    chosen = ("--take", "train", "--skip", 1, "--limit", 1)
+    assert run("collect", *options, "--output", tmp_path / "second", *chosen).code == 0
+    second = [example.id for example in rows(tmp_path / "second")]
+    assert second == [example.id for example in rows(tmp_path / "train")][1:2]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

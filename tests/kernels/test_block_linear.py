@@ -100,13 +100,14 @@ def test_a_rows_bits_are_its_own(dtype, data):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """In a process of its own each: the choice is made once. A wish can only lower it."""
     if OP.unavailable("cpp", torch.device("cpu")) is not None:
         pytest.skip("no C++ kernels")
-    names = f"{__name__}:test_against_fp64", f"{__name__}:test_a_rows_bits_are_its_own"
-    tests = [f"{__file__}::{name.split(':')[1]}" for name in names]
+    names = ("test_against_fp64", "test_a_rows_bits_are_its_own")
+    tests = [f"{__file__}::{name}" for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not cuda"],
         env={**os.environ, "CLLM_KERNELS_ISA": isa, "PYTEST_ADDOPTS": ""},

@@ -145,6 +145,12 @@ def collect(
         int | None,
         typer.Option("--shuffle-seed", help="Shuffle the rows first.", rich_help_panel=_SOURCE),
     ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            "--skip", min=0, help="Leave out so many rows in front.", rich_help_panel=_SOURCE
+        ),
+    ] = 0,
     limit: Annotated[
         int | None,
         typer.Option("--limit", min=1, help="Only so many prompts.", rich_help_panel=_SOURCE),
@@ -283,6 +289,7 @@ def collect(
         holdout_share=holdout_share,
         take=take.value,
         shuffle_seed=shuffle_seed,
+        skip=skip,
         limit=limit,
     )
     columns = Columns(

@@ -13,7 +13,6 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..adapter import Gate, resolve_adapter
 from ..fill import Fill, fill_table
-from ..linears import block_linears
 from ..traits import CACHE_ARGUMENTS
 from .config import Accept, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
@@ -121,7 +120,6 @@ def jacobi_decode(
         gate = None
         if adapter is not None:
             gate = stack.enter_context(resolve_adapter(adapter).applied(model))
-        stack.enter_context(block_linears(model))
         probed = prompts[0, : int(lengths[0])]
         layout = choose_layout(model, traits, probed, gated=gate is not None)
         stack.enter_context(layout.applied(model))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from cllm_kernels import current_backend
 from cllm_kernels.block_attention import OP as BLOCK_ATTENTION
 
+from ..linears import block_linears
 from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
 from .masks import CHUNKED, block_mask, gated_mask, window_mask
@@ -32,11 +34,15 @@ class Layout:
     right_aligned: bool
     attention: Literal["block", "folded", "own"]
 
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        if self.attention == "own":
-            return nullcontext()
-        eager = ("eager",) if self.attention == "block" else ()
-        return cllm_attention(model, ("sdpa", NAME, *eager))
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """What surrounds every forward: the attention, and linear layers made for few rows."""
+        with ExitStack() as stack:
+            stack.enter_context(block_linears(model))
+            if self.attention != "own":
+                eager = ("eager",) if self.attention == "block" else ()
+                stack.enter_context(cllm_attention(model, ("sdpa", NAME, *eager)))
+            yield
 
     def __str__(self) -> str:
         side = "right" if self.right_aligned else "left"
