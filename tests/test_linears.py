@@ -98,6 +98,16 @@ def test_a_row_has_the_same_bits_in_every_window(dtype):
                 assert torch.equal(layer(x[:, row : row + 1]), whole[:, row : row + 1])
 
 
+def test_autocast_and_other_dtypes_are_torchs(calls):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4))
+    with torch.no_grad(), block_linears(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(torch.randn(2, 5)).dtype is torch.bfloat16
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(torch.randn(2, 5).double())
+    assert not calls
+
+
 def test_a_gradient_is_torchs():
     model = torch.nn.Sequential(torch.nn.Linear(5, 4))
     x = torch.randn(2, 5, requires_grad=True)

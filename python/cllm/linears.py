@@ -120,9 +120,16 @@ def _leave(module: Any) -> None:
         del module.forward
 
 
+def _few(module: Any, x: Tensor) -> bool:
+    """Whether `block_linear` may stand for torch's product."""
+    if x.dim() == 0 or x.numel() > MOST_ROWS * x.shape[-1] or x.dtype is not module.weight.dtype:
+        return False
+    return not torch.is_autocast_enabled("cpu")  # which would multiply in another dtype
+
+
 def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x [..., in] -> [..., out]."""
-    few = module in _blocks and x.dim() > 0 and x.numel() <= MOST_ROWS * x.shape[-1]
+    few = module in _blocks and _few(module, x)
     for term in _terms.get(module, ()):
         rows = term.rows()
         if rows is None:

@@ -209,6 +209,7 @@ def test_an_adapter_without_effect_is_plain_decoding(family, mode, fill):
             block_size=6,
             mode=mode,
             fill=fill,
+            lookup=0,
             adapter=adapter,
             record_trajectories=True,
             return_dict_in_generate=True,

@@ -136,7 +136,7 @@ def test_a_window_walks_as_decoding_does(family):
         max_new_tokens=40,
         do_sample=False,
         adapter=wrapped,
-        config=cllm.JacobiConfig(block_size=size, record_trajectories=True),
+        config=cllm.JacobiConfig(block_size=size, record_trajectories=True, lookup=0),
         return_dict_in_generate=True,
     ).trajectories[0]
     example = examples_of(prompt, run.tokens)
