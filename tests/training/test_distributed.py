@@ -113,7 +113,8 @@ def test_visited_windows_are_those_of_one_process(trajectories, tmp_path):
     assert (alone["processes"], two["processes"]) == (1, 2)
     assert len(two["losses"]) == steps["max_steps"] > 6
     for one, other in zip(alone["losses"], two["losses"], strict=True):
-        assert other == pytest.approx(one, rel=1e-6)
+        # a divergence near 0 is a difference of numbers near 1, which fp32 rounds at 1e-7
+        assert other == pytest.approx(one, rel=1e-6, abs=1e-7)
     assert two["trained"] == alone["trained"]
 
 
