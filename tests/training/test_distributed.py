@@ -99,7 +99,7 @@ def test_visited_windows_are_those_of_one_process(trajectories, tmp_path):
     """Each process moves the windows of its own responses, and all know them an epoch later."""
     settings = {
         **{name: value for name, value in SETTINGS.items() if not name.startswith("eval")},
-        **{"gated": True, "lora_r": 4, "learning_rate": 0.3, "gradient_accumulation_steps": 1},
+        **{"gated": True, "lora_r": 4, "learning_rate": 0.1, "gradient_accumulation_steps": 1},
         **{"sampling": "visited", "states": 3, "window_size": 5},
     }
     # an epoch's last step is smaller where a process has no response left, so whole epochs only
