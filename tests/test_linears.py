@@ -11,7 +11,7 @@ import torch
 import cllm
 from cllm import GatedAdapter
 from cllm.adapter.gated import resolve_adapter
-from cllm.linears import MOST_ROWS, block_linears, fusable
+from cllm.linears import MOST_ROWS, add_term, block_linears, fusable
 from cllm_kernels.block_linear import OP
 
 from .decoding.tiny_models import prompts, tiny_model
@@ -150,6 +150,31 @@ def test_many_rows_leave_the_term_to_the_hook(calls):
     assert not calls
     torch.testing.assert_close(gated[:, :60], plain[:, :60])
     assert not torch.allclose(gated[:, 60:], plain[:, 60:], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_in_one_dimension_leave_the_other_rows_bits_alone(dtype):
+    """As layers see them that flatten batch and window."""
+
+    class Flat:
+        low_rank = property(lambda self: pytest.fail("the rows are not told apart here"))
+
+        def rows(self):
+            return 2, 1, 6
+
+        def add(self, x, output, rows):
+            output[rows[0] :] += 1.0
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40)).to(dtype)
+    x = torch.randn(6, 64).to(dtype)
+    with torch.no_grad(), block_linears(model):
+        plain = model(x)
+        remove = add_term(model[0], Flat())
+        gated = model(x)
+        remove()
+        assert torch.equal(model(x), plain)
+    assert torch.equal(gated[:2], plain[:2])
+    assert torch.equal(gated[2:], plain[2:] + 1.0)
 
 
 def test_another_thread_does_not_get_the_term():

@@ -30,7 +30,6 @@ OP = register(
     Op(
         name="block_linear",
         implementations={"reference": _reference, "cpp": _cpp},
-        # few rows on a GPU: torch's own product reads the weight at the speed of memory
         preference={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
     )
 )

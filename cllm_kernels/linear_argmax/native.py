@@ -84,9 +84,9 @@ def _sweep(
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     dtype = hidden.dtype
-    few = rows <= _FEW and weight.stride(1) == 1
-    exact = not few and dtype is not torch.float32 and fast_cpu_matmul(dtype)
-    exact = exact and weight.stride(1) == 1
+    in_rows = weight.stride(1) == 1
+    few = in_rows and rows <= _FEW
+    exact = in_rows and not few and dtype is not torch.float32 and fast_cpu_matmul(dtype)
     widened = None
     if few:
         dtype = torch.float32

@@ -15,21 +15,7 @@ namespace {
 
 #include "half.h"
 
-struct Simd {
-    using Vec = __m512;
-    static constexpr int64_t kWidth = 16;
-    static constexpr int kAccumulators = 24;  // of 32 registers
-
-    static Vec load(const float* data) { return _mm512_loadu_ps(data); }
-    static Vec load_bf16(const uint16_t* data);  // these two are not for here
-    static Vec load_f16(const uint16_t* data);
-    static Vec fill(float value) { return _mm512_set1_ps(value); }
-    static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-    static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
-    static void prefetch(const void* place) {
-        _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0);
-    }
-};
+#include "block_linear_simd512.h"
 
 #include "block_linear_body.h"
 

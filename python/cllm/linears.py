@@ -139,9 +139,12 @@ def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             return cllm_kernels.block_linear(
                 x, module.weight, module.bias, low_rank=term.low_rank, gated_from=first
             )
-        output = own(x)
+        # tokens of all rows in one dimension, say: the other rows' bits stay those of no term
+        output = _without_term(module, own, x, few)
         term.add(x, output, rows)
         return output
-    if few:
-        return cllm_kernels.block_linear(x, module.weight, module.bias)
-    return own(x)
+    return _without_term(module, own, x, few)
+
+
+def _without_term(module: Any, own: Callable[[Tensor], Tensor], x: Tensor, few: bool) -> Tensor:
+    return cllm_kernels.block_linear(x, module.weight, module.bias) if few else own(x)

@@ -109,7 +109,6 @@ class JacobiConfig:
         )
 
 
-# Four tokens first found 0 to 1 % more on the prompts of recipes/responses.
 _LOOKUP = 3
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
 

@@ -200,7 +200,7 @@ def _start(
     lookup = None
     if settings.longest_lookup and settings.block_size > 1:
         longest, least = settings.longest_lookup, settings.lookup_least
-        # one token alone is worth less than what an adapter guesses
+        # an adapter is asked before what once followed a single token
         least = least or min(longest, 1 if gate is None else 2)
         lookup = Lookup(longest, least, width - lengths)
     extra = dict(prompt_width=width, lookup=lookup, processors=processors, streamer=streamer)
