@@ -133,19 +133,30 @@ class LanguageHead:
             None if bias is None else bias.to(dtype),
         )
 
-    def argmax(self, hidden: Tensor) -> Tensor:
-        """The most likely token of each row, the lowest index among equals.
+    def argmax(
+        self, hidden: Tensor, *, temperature: float | None = None, noise: Any = None
+    ) -> Tensor:
+        """The most likely token of each row, the lowest index among equals; with noise a sample.
 
         Args:
             hidden: [R, H] of `hidden_states`.
+            temperature: divides the logits; None: 1.
+            noise: (seed, row [R], position [R]) as `cllm_kernels.linear_argmax` takes it, or None.
 
         Returns:
             [R] int64.
         """
-        if hidden.dtype == torch.float64:  # which the kernel does not take
+        if hidden.dtype == torch.float64 and noise is None:  # which the kernel does not take
             return self.logits(hidden).argmax(dim=-1)
         operand, weight, bias = self.operands(hidden)
-        return cllm_kernels.linear_argmax(operand, weight, bias=bias, softcap=self.softcap)[0]
+        return cllm_kernels.linear_argmax(
+            operand,
+            weight,
+            bias=bias,
+            softcap=self.softcap,
+            temperature=temperature,
+            noise=noise,
+        )[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., H], for few rows: proofs and tests."""

@@ -46,6 +46,29 @@ def test_batches_give_the_same_rows(run, batch, whole, tmp_path):
     assert read_rows(tmp_path / "rows.jsonl") == whole
 
 
+def test_samples_are_those_of_their_seed_in_any_batch(run, batch, whole, tmp_path):
+    def rows(name, *options):
+        output = tmp_path / name
+        result = run(*batch, "--output", output, "--temperature", 1.5, "--top-p", 0.95, *options)
+        assert result.code == 0, result.err
+        return [row["token_ids"] for row in read_rows(output)]
+
+    alone = rows("alone.jsonl", "--seed", 3)
+    assert alone == rows("batch.jsonl", "--seed", 3, "--batch-size", 7, "--block-size", 6)
+    assert alone != rows("other.jsonl", "--seed", 4)
+    assert alone != [row["token_ids"] for row in whole]
+    result = run(*batch, "--output", tmp_path / "alone.jsonl", "--seed", 3)
+    assert result.code != 0 and "sampling" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--temperature", 0), ("--temperature", "nan"), ("--top-p", 1.5)]
+)
+def test_sampling_out_of_range(run, batch, flag, value):
+    result = run(*batch, flag, value)
+    assert result.code == 2 and f"{flag} {value} must be above 0" in result.err
+
+
 def test_rows_to_standard_output(run, batch, whole):
     result = run(*batch)
     rows = [json.loads(line) for line in result.out.splitlines()]

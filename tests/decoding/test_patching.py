@@ -126,7 +126,7 @@ def test_generate_on_a_patched_model_uses_the_arguments_of_the_call():
 
 
 UNSUPPORTED = {
-    "sampling": dict(do_sample=True),
+    "sampled beams": dict(do_sample=True, num_beams=2),
     "beams": dict(num_beams=2, do_sample=False),
     "prompt lookup": dict(prompt_lookup_num_tokens=2, do_sample=False),
     "scores": dict(output_scores=True, return_dict_in_generate=True, do_sample=False),

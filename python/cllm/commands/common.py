@@ -122,6 +122,25 @@ LookupOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random guesses.")]
+_SAMPLING = "Sampling (any of these instead of the most likely token)"
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", help="Above 0.  [default: 1]", rich_help_panel=_SAMPLING),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option("--top-k", min=1, help="Of the K most likely.", rich_help_panel=_SAMPLING),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Of the most likely, P in all.", rich_help_panel=_SAMPLING),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p", help="Of those with P times the best one's.", rich_help_panel=_SAMPLING
+    ),
+]
 ModeOption = Annotated[
     Mode, typer.Option("--mode", help="sliding window, or the paper's block by block.")
 ]
@@ -176,6 +195,24 @@ def decoding_config(
         verify_size=verify_size,
         lookup=lookup,
     )
+
+
+def sampling_settings(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None
+) -> dict[str, float]:
+    """Arguments of ``generate`` for the sampling options that were given; none: greedy search.
+
+    Raises:
+        CommandError: a number out of its range.
+    """
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for name, value in given.items():
+        most = float("inf") if name in ("temperature", "top_k") else 1
+        if value is not None and not 0 < value <= most:
+            flag = "--" + name.replace("_", "-")
+            bound = "" if most > 1 else " and at most 1"
+            raise CommandError(f"{flag} {value:g} must be above 0{bound}; leave it out for greedy")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def load(

@@ -24,16 +24,21 @@ from .common import (
     FillOption,
     LookupOption,
     MaxNewTokensOption,
+    MinPOption,
     Mode,
     ModelOption,
     ModeOption,
     SeedOption,
+    TemperatureOption,
     ThreadsOption,
+    TopKOption,
+    TopPOption,
     VerifySizeOption,
     decoding_config,
     diagnostics,
     load,
     load_adapter,
+    sampling_settings,
 )
 
 if TYPE_CHECKING:
@@ -95,11 +100,15 @@ def generate(
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
     fill: FillOption = Fill.prompt,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     debug: DebugOption = False,
 ) -> int:
-    """Generate text by Jacobi decoding: the tokens of greedy search."""
+    """Generate text by Jacobi decoding: the tokens of greedy search, or samples."""
     from ..prompts import read_prompts
 
     if prompt is not None and prompts is not None:
@@ -109,6 +118,7 @@ def generate(
         raise CommandError(f"{name} needs --output")
     if verify_size is not None and adapter is None:
         raise CommandError("--verify-size needs --adapter")
+    sampling = sampling_settings(temperature, top_k, top_p, min_p)
     errors = diagnostics()
     config = decoding_config(
         block_size,
@@ -120,7 +130,7 @@ def generate(
         lookup=lookup,
     )
     chosen = read_prompts(prompts) if prompts is not None else [_one_prompt(prompt)]
-    settings = {
+    settings: dict[str, Any] = {
         "model": model or "default",
         "dtype": dtype.value,
         "max_new_tokens": max_new_tokens,
@@ -135,11 +145,13 @@ def generate(
         settings |= {"adapter": adapter, "verify_size": verify_size}
     if lookup is not None:
         settings["lookup"] = lookup
+    if sampling:
+        settings["sampling"] = sampling
 
     def start() -> _Run:
         loaded = load(model, dtype, device, threads, errors)
         chosen_adapter = None if adapter is None else load_adapter(adapter, loaded, errors)
-        run = _Run(loaded, config, max_new_tokens, errors, chosen_adapter)
+        run = _Run(loaded, config, max_new_tokens, sampling, errors, chosen_adapter)
         run.encode(chosen, system, not no_chat_template)
         return run
 
@@ -226,6 +238,7 @@ class _Run:
         loaded: LoadedModel,
         config: JacobiConfig,
         max_new_tokens: int,
+        sampling: dict[str, float],
         errors: Console,
         adapter: GatedAdapter | None,
     ) -> None:
@@ -233,6 +246,7 @@ class _Run:
         self._config = config
         self._adapter = adapter
         self._max_new_tokens = max_new_tokens
+        self._sampling = sampling
         self._errors = errors
         self._prompts: list[Prompt] = []
         self._ids: list[torch.Tensor] = []
@@ -313,12 +327,16 @@ class _Run:
             ids = self._ids[index]
             input_ids[place, width - ids.numel() :] = ids
             mask[place, width - ids.numel() :] = 1
-        extra = {} if model.generation_config.pad_token_id is not None else {"pad_token_id": pad}
+        extra: dict[str, Any] = {"do_sample": bool(self._sampling)}
+        if model.generation_config.pad_token_id is None:
+            extra["pad_token_id"] = pad
+        if self._sampling:
+            # top_k=0: all of them, where transformers would take 50
+            extra |= {"top_k": 0, **self._sampling, "row_ids": members}
         return jacobi_generate(
             model,
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
-            do_sample=False,
             num_beams=1,
             max_new_tokens=self._max_new_tokens,
             config=self._config,

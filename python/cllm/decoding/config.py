@@ -15,9 +15,9 @@ Accept = Literal["all", "one"]
 class JacobiConfig:
     """Settings of Jacobi decoding (CLLM, arXiv 2403.00835, section 3).
 
-    None of them changes the text; they change how many forward passes it takes, and in bf16/fp16
-    `block_size` (with an adapter: `verify_size` + `block_size`) also fixes the forward's width and
-    with it the rounding of near-ties.
+    None of them changes the text, but `seed` where it is sampled; they change how many forward
+    passes it takes, and in bf16/fp16 `block_size` (with an adapter: `verify_size` + `block_size`)
+    also fixes the forward's width and with it the rounding of near-ties.
 
     Attributes:
         block_size: ``n``, the tokens in a window, and the rows of every forward pass.
@@ -31,7 +31,9 @@ class JacobiConfig:
             looked up. In sliding mode only. ``None``: 3 in sliding mode, 0 in block mode.
         lookup_least: an end that is found again must have so many tokens, from 1 to `lookup`.
             ``None``: 1; 2 where an adapter would guess otherwise.
-        seed: of the random fills. The same seed gives the same guesses on every device.
+        seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
+            the same text. ``None``: fills take 0, a call that samples draws a seed from its
+            ``generator`` or from torch's own.
         max_iterations: most forward passes of one call (prefill apart); what is final by then is
             returned. ``None``: as many as the text takes.
         accept: ``"all"`` keeps every final token. ``"one"`` keeps one per forward: one-token
@@ -49,7 +51,7 @@ class JacobiConfig:
     block_size: int = 16
     mode: Mode = "sliding"
     fill: Fill = "prompt"
-    seed: int = 0
+    seed: int | None = None
     max_iterations: int | None = None
     accept: Accept = "all"
     record_trajectories: bool = False
@@ -68,8 +70,8 @@ class JacobiConfig:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(choice) for choice in get_args(choices))
                 problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
-            problems.append(f"seed must be an integer in [0, 2**63), not {self.seed!r}")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
+            problems.append(f"seed must be None or an integer in [0, 2**63), not {self.seed!r}")
         if self.max_iterations is not None and (
             not _is_int(self.max_iterations) or self.max_iterations < 1
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +21,8 @@ from .gated import GatedLoop
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput
+from .predict import Predictor, fused_head, only_temperature
+from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .stopping import StopRules
 from .support import ModelTraits, UnsupportedOptionError, check_model, model_device
 
@@ -57,10 +60,13 @@ def jacobi_decode(
     lookup: int | None = None,
     lookup_least: int | None = None,
     adapter: Any = None,
+    generator: torch.Generator | None = None,
+    row_ids: Sequence[int] | torch.Tensor | None = None,
     token_streamer: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | JacobiOutput:
-    """Greedy decoding, n tokens per forward pass (CLLM, arXiv 2403.00835, section 3.1).
+    """Greedy decoding, or exact sampling, n tokens per forward pass (CLLM, arXiv 2403.00835,
+    section 3.1).
 
     Meant for ``model.generate(**inputs, custom_generate=cllm.jacobi_decode, block_size=16)``, which
     prepares the arguments. transformers keeps ``streamer`` and ``tokenizer`` to itself there: pass
@@ -74,6 +80,9 @@ def jacobi_decode(
         adapter: makes the guesses, and decides nothing: the text is that of the base model. A
             `cllm.GatedAdapter`, its folder or hub id, or a PEFT model around the same base (whose
             adapters are off in every row but the guess rows).
+        generator: with ``do_sample=True`` and no `seed`: what the seed is drawn from.
+        row_ids: [B] the id of each row's samples, below 2^32; None: its place in the batch. A
+            prompt with the same seed and id has the same text alone and in any batch.
         token_streamer: a transformers streamer; receives accepted tokens only.
         model_kwargs: ``attention_mask`` [B, P] of zeros followed by ones, and what ``generate``
             adds of its own.
@@ -83,7 +92,7 @@ def jacobi_decode(
 
     Raises:
         UnsupportedModelError: the architecture cannot be decoded this way.
-        UnsupportedOptionError: sampling, beams and other modes that Jacobi decoding has not.
+        UnsupportedOptionError: beams and other modes that Jacobi decoding has not.
         ValueError: a bad prompt, mask or setting; the message names it. So is `AdapterError`, an
             adapter that does not belong to this model.
     """
@@ -115,6 +124,14 @@ def jacobi_decode(
     pad = generation_config._pad_token_tensor
     pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
     prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
+    noise = None
+    if generation_config.do_sample:
+        seed = drawn_seed(generator) if settings.seed is None else settings.seed
+        rows = noise_rows(row_ids, input_ids.shape[0], input_ids.device)
+        noise = SamplingNoise(seed, rows, input_ids.shape[1] - lengths)
+    elif generator is not None or row_ids is not None:
+        name = "row_ids" if generator is None else "generator"
+        raise ValueError(f"{name} is about sampling; pass do_sample=True or leave it out")
 
     with ExitStack() as stack:
         gate = None
@@ -134,6 +151,7 @@ def jacobi_decode(
             pad_token_id=pad_token_id,
             layout=layout,
             processors=logits_processor or [],
+            noise=noise,
             streamer=token_streamer,
             gate=gate,
         )
@@ -153,6 +171,7 @@ def _start(
     pad_token_id: int,
     layout: Layout,
     processors: Any,
+    noise: SamplingNoise | None,
     streamer: Any,
     gate: Gate | None,
 ) -> tuple[DecodingLoop, float]:
@@ -167,13 +186,16 @@ def _start(
         prompt_lengths=lengths,
         prompt_width=width,
         width=limit + settings.block_size,
-        seed=settings.seed,
+        seed=settings.seed or 0,
         vocab_size=traits.vocab_size,
         pad_token_id=pad_token_id,
     )
     rows = settings.block_size
     if gate is not None:
         rows += settings.verify_size or settings.block_size
+    head = None
+    if noise is not None and gate is None and only_temperature(processors):
+        head = fused_head(model)
     forward = BlockForward(
         model,
         traits,
@@ -182,6 +204,7 @@ def _start(
         device=input_ids.device,
         position_limit=_position_limit(traits, longest + limit - width),
         layout=layout,
+        head=head,
     )
     if streamer is not None:
         if batch > 1:
@@ -203,7 +226,8 @@ def _start(
         # an adapter is asked before what once followed a single token
         least = least or min(longest, 1 if gate is None else 2)
         lookup = Lookup(longest, least, width - lengths)
-    extra = dict(prompt_width=width, lookup=lookup, processors=processors, streamer=streamer)
+    predictor = Predictor(processors, noise, forward.head)
+    extra = dict(prompt_width=width, lookup=lookup, predictor=predictor, streamer=streamer)
     if gate is None:
         return DecodingLoop(forward, state, settings, rules, **extra), seconds
     return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds
@@ -274,7 +298,7 @@ _SUPPORTED_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "slidi
 
 
 def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse what greedy Jacobi decoding does not do.
+    """Refuse what Jacobi decoding does not do.
 
     Raises:
         UnsupportedOptionError: naming the option.
@@ -284,16 +308,10 @@ def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, A
         raise UnsupportedOptionError(
             f"num_beams={wanted.num_beams}", "it keeps one hypothesis; set num_beams=1"
         )
-    if wanted.do_sample:
-        raise UnsupportedOptionError(
-            "do_sample=True",
-            "it decodes greedily; set do_sample=False (in the call or the "
-            "model's generation_config)",
-        )
     generation_mode = wanted.get_generation_mode()
-    if generation_mode != GenerationMode.GREEDY_SEARCH:
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UnsupportedOptionError(
-            f"the generation mode {generation_mode.value}", "it does greedy search only"
+            f"the generation mode {generation_mode.value}", "it does greedy search and sampling"
         )
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(wanted, name, None) and wanted.return_dict_in_generate:

@@ -13,6 +13,7 @@ import torch
 from cllm_kernels import current_backend
 from cllm_kernels.block_attention import OP as BLOCK_ATTENTION
 
+from ..head import LanguageHead
 from ..linears import block_linears
 from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
@@ -74,6 +75,7 @@ class BlockForward:
         position_limit: no window token is given a position at or beyond it; only guesses past the
             end of the text would be.
         layout: of `choose_layout`; its `applied` context must surround every forward.
+        head: windows give the hidden states that it makes logits of, instead of logits.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class BlockForward:
         device: torch.device,
         position_limit: int | None,
         layout: Layout,
+        head: LanguageHead | None = None,
     ):
         self.model = model
+        self.head = head
         self.traits = traits
         self.plan = BlockPlan(
             batch,
@@ -136,7 +140,7 @@ class BlockForward:
             lengths: [B] tokens of each row in the cache; `host_lengths` the same on the host.
 
         Returns:
-            [B, n, V] in the model's dtype.
+            [B, n, V] in the model's dtype; with a head [B, n, H].
         """
         width = tokens.shape[1]
         self.plan.start_window(lengths, host_lengths, width)
@@ -178,7 +182,8 @@ class BlockForward:
         return self._logits(torch.cat([tokens[:, :verify], tokens], dim=1), positions, masks)
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
-        """The public forward; `masks` is the 2D mask, or 4D masks by layer type."""
+        """The public forward, up to the head if there is one; `masks` is the 2D mask, or 4D masks
+        by layer type."""
         call = dict(self._call, input_ids=tokens)
         if isinstance(masks, dict):
             call["attention_mask"] = masks if self.traits.mask_dict else next(iter(masks.values()))
@@ -188,9 +193,14 @@ class BlockForward:
             if self.position_limit is not None:
                 positions = positions.clamp(max=self.position_limit - 1)
             call["position_ids"] = positions
-        logits = self.model(**call).logits
+        if self.head is None:
+            given = self.model(**call).logits
+        else:
+            for name in (self.traits.cache_argument, "use_cache"):
+                del call[name]
+            given = self.head.hidden_states(self.cache, **call)
         self.plan.check_taken()
-        return logits
+        return given
 
 
 def choose_layout(

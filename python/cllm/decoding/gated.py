@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-import cllm_kernels
-
 from ..adapter import Gate
 from .loop import DecodingLoop
-from .processors import processed_argmax
+from .predict import columns_from
 
 
 class GatedLoop(DecodingLoop):
@@ -34,16 +32,17 @@ class GatedLoop(DecodingLoop):
         with self.gate.open(verify, batch, verify + width):
             logits = self.forward.gated_window(window, verify, state.lengths, host_lengths)
         self.forwards += 1
-        drafted = cllm_kernels.row_argmax(logits)[0]
-        guesses = drafted[:, verify:]
+        columns = self._columns()
         checked = window[:, :verify].clone(memory_format=torch.contiguous_format)
-        if self.processors:
-            starts = [row.generated - row.progress for row in self.rows]
-            predictions = processed_argmax(
-                self.processors, logits[:, :verify], checked, state.sequences, starts
+        if self.predictor.needs_prefixes:
+            predictions = self.predictor.tokens(
+                logits[:, :verify], checked, state.sequences, columns, self._starts()
             )
+            guesses = self.predictor.guesses(logits[:, verify:], columns_from(columns, width))
         else:
-            predictions = drafted[:, :verify].contiguous()
+            places = [columns_from(columns, count) for count in (verify, width)]
+            drafted = self.predictor.guesses(logits, torch.cat(places, dim=1))
+            predictions, guesses = drafted[:, :verify].contiguous(), drafted[:, verify:]
         lengths = state.lengths.clone()
         state.step(predictions, config, checked)
         state.window = next_window(

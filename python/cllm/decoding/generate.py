@@ -21,12 +21,16 @@ def generate(
     adapter: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | JacobiOutput:
-    """Generate text by Jacobi decoding: the tokens of greedy search, in fewer forward passes.
+    """Generate text by Jacobi decoding: the tokens of one-token decoding, in fewer forwards.
 
     Takes what ``model.generate`` takes (``input_ids`` [B, P] left-padded, ``attention_mask``,
     ``max_new_tokens``, ``generation_config``, ``logits_processor``, ``stopping_criteria``,
     ``stop_strings`` with ``tokenizer``, ``streamer``, ...) and every field of `JacobiConfig` as a
     keyword. The model's own ``generation_config`` is honoured; nothing on the model is changed.
+
+    With ``do_sample=True`` the text is a sample, distributed as the model and its processors say,
+    and the same for every block size, mode and batch with the same ``seed`` (``generator`` and
+    ``row_ids``: see `jacobi_decode`).
 
     Args:
         model: a decoder-only transformers model in eval mode, patched or not.
@@ -68,8 +72,9 @@ def run_generate(
             raise UnsupportedOptionError(name, "it decodes one model from token ids")
     _take_stop_strings(model, kwargs)
     streamer = kwargs.pop("streamer", None)
+    keys = {name: kwargs.pop(name, None) for name in ("generator", "row_ids")}
     # generate() would keep the streamer from a custom loop after showing it the prompt
-    decode = partial(jacobi_decode, config=config, adapter=adapter, token_streamer=streamer)
+    decode = partial(jacobi_decode, config=config, adapter=adapter, token_streamer=streamer, **keys)
     return huggingface_generate(*args, custom_generate=decode, **kwargs)
 
 

@@ -15,7 +15,7 @@ from ..trajectory import Iteration, Trajectory
 from .config import JacobiConfig
 from .forward import BlockForward
 from .lookup import Lookup
-from .processors import processed_argmax
+from .predict import Predictor
 from .stopping import StopRules
 
 
@@ -122,7 +122,7 @@ class DecodingLoop:
         state: the rows.
         prompt_width: P, columns of `state.sequences` that hold the (padded) prompts.
         lookup: where guesses come from beside the predictions; None: from nowhere.
-        processors: logits processors, empty for a plain argmax.
+        predictor: makes tokens of what `forward` gives; None: by a plain argmax.
         streamer: told of accepted tokens as they come (batch of 1).
     """
 
@@ -135,7 +135,7 @@ class DecodingLoop:
         *,
         prompt_width: int,
         lookup: Lookup | None = None,
-        processors: Any = (),
+        predictor: Predictor | None = None,
         streamer: Any = None,
     ):
         self.forward = forward
@@ -144,7 +144,7 @@ class DecodingLoop:
         self.rules = rules
         self.prompt_width = prompt_width
         self.lookup = lookup
-        self.processors = processors
+        self.predictor = predictor or Predictor()
         self.streamer = streamer
         self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
         self.forwards = 0
@@ -175,18 +175,22 @@ class DecodingLoop:
     def _iterate(self) -> None:
         state, config = self.state, self.config
         host_lengths = [row.length for row in self.rows]
-        logits = self.forward.window(state.window, state.lengths, host_lengths)
+        given = self.forward.window(state.window, state.lengths, host_lengths)
         self.forwards += 1
-        if self.processors:
-            starts = [row.generated - row.progress for row in self.rows]
-            predictions = processed_argmax(
-                self.processors, logits, state.window, state.sequences, starts
-            )
-        else:
-            predictions = cllm_kernels.row_argmax(logits)[0]
+        predictions = self.predictor.tokens(
+            given, state.window, state.sequences, self._columns(), self._starts()
+        )
         before = state.window.clone() if config.record_trajectories else None
         state.step(predictions, config)
         self._read_back(predictions, before)
+
+    def _columns(self) -> torch.Tensor:
+        """[B] column of the output that the token behind each window's first is for."""
+        return self.state.generated - self.state.progress
+
+    def _starts(self) -> list[int]:
+        """The same on the host."""
+        return [row.generated - row.progress for row in self.rows]
 
     def _read_back(
         self,
