@@ -21,7 +21,7 @@ import torch
 import cllm
 from cllm.decoding.forward import BlockForward, choose_layout
 from cllm.decoding.support import check_model
-from cllm.forward_clock import ForwardClock
+from cllm.decoding.forward_clock import ForwardClock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record

@@ -14,8 +14,8 @@ from typing import Any
 
 from .adapter import GatedAdapter, resolve_adapter
 from .adapter.peft_model import adapters_off
+from .decoding.checks import check_verify_size
 from .decoding.config import JacobiConfig
-from .decoding.decode import check_verify_size
 from .decoding.generate import run_generate
 from .decoding.support import UnsupportedOptionError, check_model
 

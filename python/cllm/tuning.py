@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .adapter import resolve_adapter
 from .decoding import JacobiConfig, JacobiOutput, generate
+from .decoding.forward_clock import ForwardClock
 from .evaluation import encode_prompts
-from .forward_clock import ForwardClock
 from .head import evaluating
 from .patching import original_generate
 from .prompts import Prompt

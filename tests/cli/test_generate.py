@@ -209,3 +209,14 @@ def test_rows_are_synced_before_the_next(run, batch, tmp_path, monkeypatch):
     result = run(*batch, "--output", output)
     assert result.code == 1 and "MemoryError: no room" in result.error
     assert len(read_rows(output)) == 3
+
+
+def test_an_automatic_block_size_gives_the_same_rows(run, batch, whole, tmp_path):
+    result = run(*batch, "--block-size", "auto", "--output", tmp_path / "rows.jsonl")
+    assert result.code == 0, result.err
+    found = [row["token_ids"] for row in read_rows(tmp_path / "rows.jsonl")]
+    assert found == [row["token_ids"] for row in whole]
+    result = run(*batch, "--block-size", "many")
+    assert result.code == 2 and "'many' is neither an integer >= 1 nor auto" in result.err
+    result = run(*batch, "--block-size", "auto", "--mode", "block")
+    assert result.code == 2 and "--block-size auto needs --mode sliding" in result.err

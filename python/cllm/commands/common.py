@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,23 @@ MaxNewTokensOption = Annotated[
 ]
 BlockSizeOption = Annotated[
     int, typer.Option("--block-size", min=1, help="n: tokens guessed and checked in one forward.")
+]
+
+
+def _block_size(text: str) -> int | str:
+    if text == "auto" or (text.isdecimal() and int(text) >= 1):
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r} is neither an integer >= 1 nor auto")
+
+
+AutoBlockSizeOption = Annotated[
+    Any,
+    typer.Option(
+        "--block-size",
+        parser=_block_size,
+        metavar="N|auto",
+        help="n: tokens guessed and checked in one forward; auto: what should be fastest here.",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Precision of the weights and activations.")
@@ -173,7 +190,7 @@ def write_json(value: Any) -> None:
 
 
 def decoding_config(
-    block_size: int,
+    block_size: int | Literal["auto"],
     mode: Mode,
     fill: Fill,
     seed: int,
@@ -186,6 +203,10 @@ def decoding_config(
 
     if lookup and mode is Mode.block:
         raise CommandError(f"--lookup {lookup} needs --mode sliding: a block keeps its own guesses")
+    if block_size == "auto" and mode is Mode.block:
+        raise CommandError("--block-size auto needs --mode sliding")
+    if block_size == "auto" and verify_size is not None:
+        raise CommandError("--block-size auto chooses the verify size, too; leave --verify-size")
     return JacobiConfig(
         block_size=block_size,
         mode=mode.value,

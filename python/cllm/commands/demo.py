@@ -220,7 +220,7 @@ def _measurement(
             threads = facts["threads"]
             place += f" with {threads} thread{'' if threads == 1 else 's'}"
         heading = f"{loaded.name}, {facts['dtype']}, {place}, greedy"
-        view = LiveView(screen, decode, heading, config.block_size, line)
+        view = LiveView(screen, decode, heading, config.width, line)
     else:
         view = PlainView(errors)
         if line is not None:

@@ -9,6 +9,8 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
+BlockSize = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,11 @@ class JacobiConfig:
     also fixes the forward's width and with it the rounding of near-ties.
 
     Attributes:
-        block_size: ``n``, the tokens in a window, and the rows of every forward pass.
+        block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``"auto"``:
+            what should decode fastest, by the time of a forward (measured in the first call of a
+            model, device and batch size) and by how often guesses have been right in the calls
+            so far; 1 where nothing else pays. With an adapter it is also chosen whether to use it.
+            In sliding mode only. In bf16 and fp16 near-ties then fall by the width chosen.
         mode: ``"sliding"`` moves the window past every token that is final; ``"block"`` is the
             paper's: iterate one n-token block to its fixed point, then start the next.
         fill: where a guess comes from when no earlier prediction is left for its position:
@@ -48,7 +54,7 @@ class JacobiConfig:
         ValueError: naming every field that has a bad value.
     """
 
-    block_size: int = 16
+    block_size: BlockSize = 16
     mode: Mode = "sliding"
     fill: Fill = "prompt"
     seed: int | None = None
@@ -61,8 +67,12 @@ class JacobiConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if not _is_int(self.block_size) or self.block_size < 1:
-            problems.append(f"block_size must be an integer >= 1, not {self.block_size!r}")
+        if self.block_size == AUTO:
+            problems.extend(self._auto_problems())
+        elif not _is_int(self.block_size) or self.block_size < 1:
+            problems.append(
+                f"block_size must be an integer >= 1 or 'auto', not {self.block_size!r}"
+            )
         elif self.verify_size is not None:
             problems.extend(_verify_problems(self.verify_size, self.block_size, self.mode))
         problems.extend(self._lookup_problems())
@@ -90,6 +100,23 @@ class JacobiConfig:
         if self.lookup is None:
             return max(_LOOKUP, self.lookup_least or 1) if self.mode == "sliding" else 0
         return self.lookup
+
+    @property
+    def width(self) -> int:
+        """`block_size` of settings that name one."""
+        if isinstance(self.block_size, str):
+            raise ValueError("block_size='auto' is no number before a call has chosen one")
+        return self.block_size
+
+    def _auto_problems(self) -> list[str]:
+        problems = []
+        if self.mode != "sliding":
+            problems.append("block_size='auto' needs mode='sliding'")
+        if self.accept != "all":
+            problems.append("block_size='auto' needs accept='all': one token a forward has no best")
+        if self.verify_size is not None:
+            problems.append("block_size='auto' chooses verify_size, too; leave it None")
+        return problems
 
     def _lookup_problems(self) -> list[str]:
         longest, least = self.lookup, self.lookup_least

@@ -8,14 +8,16 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from ..adapter import Gate, resolve_adapter
+from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
-from ..traits import CACHE_ARGUMENTS
-from .config import Accept, JacobiConfig, Mode
+from .auto import choose
+from .checks import check_inputs, check_options, check_verify_size
+from .config import AUTO, Accept, BlockSize, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedLoop
 from .lookup import Lookup
@@ -24,20 +26,7 @@ from .output import JacobiOutput
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .stopping import StopRules
-from .support import ModelTraits, UnsupportedOptionError, check_model, model_device
-
-# What `generate` prepares for its own loops and this one derives anew, per row.
-_PREPARED = frozenset(
-    {
-        "attention_mask",
-        "position_ids",
-        "cache_position",
-        *CACHE_ARGUMENTS,
-        "use_cache",
-        "logits_to_keep",
-        "return_dict",
-    }
-)
+from .support import ModelTraits, check_model
 
 
 @torch.no_grad()
@@ -49,7 +38,7 @@ def jacobi_decode(
     generation_config: GenerationConfig | None = None,
     *,
     config: JacobiConfig | None = None,
-    block_size: int | None = None,
+    block_size: BlockSize | None = None,
     mode: Mode | None = None,
     fill: Fill | None = None,
     seed: int | None = None,
@@ -133,11 +122,28 @@ def jacobi_decode(
         name = "row_ids" if generator is None else "generator"
         raise ValueError(f"{name} is about sampling; pass do_sample=True or leave it out")
 
+    choice = None
     with ExitStack() as stack:
-        gate = None
-        if adapter is not None:
-            gate = stack.enter_context(resolve_adapter(adapter).applied(model))
         probed = prompts[0, : int(lengths[0])]
+        if adapter is not None:
+            adapter = resolve_adapter(adapter)
+            adapter.check(model)
+            stack.enter_context(adapters_off(model))
+        if settings.block_size == AUTO:
+            choice = choose(
+                model,
+                settings,
+                adapter,
+                prompt=probed.tolist(),
+                batch=input_ids.shape[0],
+                new_tokens=max(1, rules.max_length - input_ids.shape[1]),
+                sampled=noise is not None,
+                context=traits.context,
+            )
+            settings = choice.settings
+        gate = None
+        if adapter is not None and (choice is None or choice.gated):
+            gate = stack.enter_context(adapter.applied(model))
         layout = choose_layout(model, traits, probed, gated=gate is not None)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
@@ -156,6 +162,8 @@ def jacobi_decode(
             gate=gate,
         )
         loop.run()
+        if choice is not None:
+            choice.observe(loop.runs)
     return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
 
 
@@ -185,14 +193,14 @@ def _start(
         prompts=prompts,
         prompt_lengths=lengths,
         prompt_width=width,
-        width=limit + settings.block_size,
+        width=limit + settings.width,
         seed=settings.seed or 0,
         vocab_size=traits.vocab_size,
         pad_token_id=pad_token_id,
     )
-    rows = settings.block_size
+    rows = settings.width
     if gate is not None:
-        rows += settings.verify_size or settings.block_size
+        rows += settings.verify_size or settings.width
     head = None
     if noise is not None and gate is None and only_temperature(processors):
         head = fused_head(model)
@@ -218,10 +226,10 @@ def _start(
         forward.prefill(prompts[:, : longest - 1], lengths - 1)
     seconds = time.perf_counter() - started
     state = WindowState.start(
-        prompts, lengths, sequences, width, fill, rules.stop_ids, settings.block_size
+        prompts, lengths, sequences, width, fill, rules.stop_ids, settings.width
     )
     lookup = None
-    if settings.longest_lookup and settings.block_size > 1:
+    if settings.longest_lookup and settings.width > 1:
         longest, least = settings.longest_lookup, settings.lookup_least
         # an adapter is asked before what once followed a single token
         least = least or min(longest, 1 if gate is None else 2)
@@ -270,6 +278,8 @@ def _result(
         prefill_seconds=prefill_seconds,
         decode_seconds=loop.seconds,
         trajectories=trajectories,
+        block_size=loop.config.width,
+        verify_size=getattr(loop, "verify", None),
     )
 
 
@@ -283,133 +293,3 @@ def right_pad(
     lengths = attention_mask.long().sum(dim=1)
     columns = torch.arange(width, device=input_ids.device) + (width - lengths)[:, None]
     return input_ids.gather(1, columns.clamp(max=width - 1)), lengths
-
-
-def check_verify_size(settings: JacobiConfig, adapter: Any) -> None:
-    """Raises ValueError if there is no adapter that `verify_size` could be about."""
-    if adapter is None and settings.verify_size is not None:
-        raise ValueError(
-            f"verify_size={settings.verify_size} is about decoding with an adapter; "
-            "pass adapter=... or leave it None"
-        )
-
-
-_SUPPORTED_CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window")
-
-
-def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse what Jacobi decoding does not do.
-
-    Raises:
-        UnsupportedOptionError: naming the option.
-    """
-    wanted = generation_config
-    if wanted.num_beams is not None and wanted.num_beams > 1:
-        raise UnsupportedOptionError(
-            f"num_beams={wanted.num_beams}", "it keeps one hypothesis; set num_beams=1"
-        )
-    generation_mode = wanted.get_generation_mode()
-    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedOptionError(
-            f"the generation mode {generation_mode.value}", "it does greedy search and sampling"
-        )
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(wanted, name, None) and wanted.return_dict_in_generate:
-            raise UnsupportedOptionError(f"{name}=True", "it keeps no tensors per token")
-    guidance = getattr(wanted, "guidance_scale", None)
-    if guidance is not None and guidance != 1:
-        raise UnsupportedOptionError(
-            f"guidance_scale={guidance}", "guidance runs a second model state per token"
-        )
-    if getattr(wanted, "watermarking_config", None) is not None:
-        raise UnsupportedOptionError("watermarking_config", "watermarking keeps state per token")
-    cache = getattr(wanted, "cache_implementation", None)
-    if cache not in _SUPPORTED_CACHES:
-        raise UnsupportedOptionError(
-            f"cache_implementation={cache!r}", "it keeps keys and values in a cache of its own"
-        )
-    if model_kwargs.get("synced_gpus"):
-        raise UnsupportedOptionError("synced_gpus=True", "rows of other ranks are not waited for")
-    for name in CACHE_ARGUMENTS:
-        past = model_kwargs.get(name)
-        if past is not None and past.get_seq_length() > 0:
-            raise UnsupportedOptionError(
-                name, "it cannot continue another cache; pass the whole text as input_ids"
-            )
-    for name, value in model_kwargs.items():
-        if value is not None and name not in _PREPARED and name not in ("synced_gpus",):
-            raise UnsupportedOptionError(
-                name, "it feeds token ids only and would leave this input out"
-            )
-
-
-def check_inputs(
-    model: Any,
-    traits: ModelTraits,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    settings: JacobiConfig,
-) -> None:
-    """Refuse prompts that cannot be decoded, before the first forward.
-
-    Raises:
-        ValueError: naming the argument and what to do.
-    """
-    if model.training:
-        raise ValueError(
-            "the model is in training mode, where dropout makes every forward different; "
-            "call model.eval() first"
-        )
-    if input_ids.dim() != 2 or input_ids.shape[0] == 0:
-        raise ValueError(f"input_ids must be [batch, tokens], not {list(input_ids.shape)}")
-    device = model_device(model)
-    if input_ids.device != device:
-        raise ValueError(
-            f"input_ids is on {input_ids.device}, the model on {device}; "
-            f"pass input_ids.to({str(device)!r})"
-        )
-    width = input_ids.shape[1]
-    if width == 0:
-        raise ValueError("the prompt is empty: input_ids has no tokens; pass at least one")
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    if lowest < 0 or highest >= traits.vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(
-            f"input_ids holds the token id {wrong}, outside the model's vocabulary of "
-            f"{traits.vocab_size}; was it made by another tokenizer?"
-        )
-    longest = width
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}, input_ids "
-                f"{list(input_ids.shape)}; they must be alike"
-            )
-        if attention_mask.device != device:
-            raise ValueError(
-                f"attention_mask is on {attention_mask.device}, the model on {device}; "
-                f"pass attention_mask.to({str(device)!r})"
-            )
-        mask = attention_mask.long()
-        if bool(((mask != 0) & (mask != 1)).any()) or bool((mask.diff(dim=1) < 0).any()):
-            raise ValueError(
-                "attention_mask must be zeros followed by ones in every row (left padding); "
-                "set tokenizer.padding_side='left', and pass a mask of ones for a prompt that "
-                "holds the pad token itself"
-            )
-        counts = mask.sum(dim=1)
-        if int(counts.min()) == 0:
-            row = int(counts.argmin())
-            raise ValueError(f"the prompt of row {row} is empty: its attention_mask is all zeros")
-        longest = int(counts.max())
-    if traits.context is not None:
-        if longest > traits.context:
-            raise ValueError(
-                f"the prompt has {longest} tokens, more than the model's context of "
-                f"{traits.context}; shorten it"
-            )
-        if settings.block_size > traits.context:
-            raise ValueError(
-                f"block_size={settings.block_size} exceeds the model's context of "
-                f"{traits.context}; choose a smaller one"
-            )

@@ -22,7 +22,7 @@ class GatedLoop(DecodingLoop):
     def __init__(self, *args: Any, gate: Gate, **others: Any):
         super().__init__(*args, **others)
         self.gate = gate
-        self.verify = self.config.verify_size or self.config.block_size
+        self.verify = self.config.verify_size or self.config.width
 
     def _iterate(self) -> None:
         state, config, verify = self.state, self.config, self.verify

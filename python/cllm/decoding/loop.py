@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -147,6 +148,8 @@ class DecodingLoop:
         self.predictor = predictor or Predictor()
         self.streamer = streamer
         self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
+        # (tokens that a row's forward committed, it ended the row) to how often
+        self.runs: Counter[tuple[int, bool]] = Counter()
         self.forwards = 0
         self.seconds = 0.0
 
@@ -228,6 +231,7 @@ class DecodingLoop:
             row.generated += accepted
             row.length, row.progress = length, progress
             row.done = bool(done) or kept is not None
+            self.runs[accepted, row.done] += 1
 
     def _host_stop(self, index: int, start: int, end: int) -> int | None:
         if end == start:
@@ -271,7 +275,7 @@ class DecodingLoop:
                 prompt=prompt,
                 tokens=sequence[self.prompt_width : row.generated],
                 iterations=row.records,
-                block_size=self.config.block_size,
+                block_size=self.config.width,
                 mode=self.config.mode,
             )
             for row, prompt, sequence in zip(self.rows, prompts, sequences, strict=True)

@@ -23,6 +23,8 @@ class JacobiOutput(ModelOutput):
             rows; every forward counts except the prefill.
         prefill_seconds: wall-clock seconds of the prefill (on a GPU: until it was launched).
         decode_seconds: wall-clock seconds of the decoding loop.
+        block_size, verify_size: of the windows, chosen ones too; no verify size where no adapter
+            made the guesses.
         trajectories: one per row if ``record_trajectories`` was set, else None.
     """
 
@@ -34,3 +36,5 @@ class JacobiOutput(ModelOutput):
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
     trajectories: list[Trajectory] | None = None
+    block_size: int | None = None
+    verify_size: int | None = None

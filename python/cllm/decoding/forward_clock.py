@@ -11,9 +11,9 @@ import torch
 
 import cllm_kernels
 
-from .adapter import Gate, GatedAdapter
-from .decoding.forward import BlockForward, choose_layout
-from .decoding.support import check_model, model_device
+from ..adapter import Gate, GatedAdapter
+from .forward import BlockForward, choose_layout
+from .support import check_model, model_device
 
 
 class ForwardClock:
@@ -29,6 +29,7 @@ class ForwardClock:
         room: tokens that the cache must have room for behind the prompt, the largest window
             included: attention's time depends on it.
         adapter: of gated forwards.
+        batch: rows, which all hold the prompt.
 
     Raises:
         UnsupportedModelError, AdapterError: as `cllm.generate`.
@@ -36,19 +37,24 @@ class ForwardClock:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, prompt: Sequence[int], room: int, adapter: GatedAdapter | None = None
+        self,
+        model: Any,
+        prompt: Sequence[int],
+        room: int,
+        adapter: GatedAdapter | None = None,
+        batch: int = 1,
     ):
         self._model = model
         self._adapter = adapter
         traits = check_model(model)
-        ids = torch.tensor([list(prompt)], device=model_device(model))
+        ids = torch.tensor([list(prompt)] * batch, device=model_device(model))
         self._tokens = ids
-        self._lengths = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        self._lengths = torch.full((batch,), ids.shape[1] - 1, device=ids.device)
         self._forwards = {}
         for gated in (False, True) if adapter is not None else (False,):
             layout = choose_layout(model, traits, ids[0], gated=gated)
             forward = BlockForward(
-                model, traits, batch=1, slots=ids.shape[1] + room, device=ids.device,
+                model, traits, batch=batch, slots=ids.shape[1] + room, device=ids.device,
                 position_limit=traits.context, layout=layout,
             )  # fmt: skip
             with layout.applied(model):
@@ -89,7 +95,7 @@ class ForwardClock:
                 if verify is None:
                     logits = forward.window(window, self._lengths, host_lengths)
                 else:
-                    with gate.open(verify, 1, verify + width):
+                    with gate.open(verify, window.shape[0], verify + width):
                         logits = forward.gated_window(window, verify, self._lengths, host_lengths)
                 cllm_kernels.row_argmax(logits)[0].tolist()
             return (time.perf_counter() - started) / forwards
