@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-kernels bench-step clean
+.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-decoding bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,15 @@ format: $(VENV)/.lint
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype float32 --record cpu
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype bfloat16 --record cpu
+
+# against every other way to decode; TASKS: data that is not on the hub, --data TASK=FILE each
+bench-decoding: $(VENV)/.ready
+	for dtype in bfloat16 float32; do \
+	  $(BIN)/python benchmarks/decoding/compare.py --tasks recipes/compare.yaml $(TASKS) \
+	    --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --dtype $$dtype \
+	    --work runs/compare --record cpu || exit 1; \
+	done
+	$(BIN)/python benchmarks/decoding/compare_report.py
 
 # records for this device, then plots and the section of docs/performance.md
 BENCH_DEVICE ?= cpu

@@ -20,8 +20,8 @@ import torch
 
 import cllm
 from cllm.decoding.forward import BlockForward, choose_layout
-from cllm.decoding.support import check_model
 from cllm.decoding.forward_clock import ForwardClock
+from cllm.decoding.support import check_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record

@@ -1,0 +1,200 @@
+"""Writes the records of compare.py into docs/performance.md, with figures 5 and 6.
+
+    python benchmarks/decoding/compare_report.py
+
+One section between markers, and two pictures a record: speed by task and contender (figure 5),
+speed against memory (figure 6). No number is written that is not in a record.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import RESULTS, rewrite
+from benchmarks.pages import ratio, record, rounds, source, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKERS = tuple(
+    f"<!-- decoding: {text} -->"
+    for text in ("begin (written by benchmarks/decoding/compare_report.py)", "end")
+)
+NAMES = ("compare_bfloat16", "compare_float32", "compare_float16")
+_MIB = 2**20
+_OURS, _THEIRS = "#0b6e4f", "#9aa5b1"
+
+
+def contenders(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name to figures, in the order of the record."""
+    return {name: value for name, value in task.items() if isinstance(value, dict)}
+
+
+def section(results: Path) -> str:
+    """Every record's tables and pictures."""
+    lines: list[str] = []
+    for name in NAMES:
+        found = record(results, name)
+        if found is not None:
+            lines += record_section(found, name)
+    return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
+
+
+def record_section(found: dict[str, Any], name: str) -> list[str]:
+    floor = found["floor"]
+    milliseconds = 1e3 * floor["seconds_per_forward"]
+    lines = [
+        f"### {found['model']}, {found['dtype']}",
+        "",
+        source(found, name, **rounds(found)),
+        "Every contender in a process of its own, batches in turn. "
+        f"{floor['weight_bytes'] / _MIB:.0f} MiB of weights at "
+        f"{floor['bytes_per_second'] / 1e9:.1f} GB/s, the most that was read in this run, take "
+        f"{milliseconds:.1f} ms: the floor of a forward. Whole calls are timed, prefill and all.",
+        "",
+    ]
+    for size, tasks in found["batches"].items():
+        rows = []
+        for task, result in tasks.items():
+            for who, one in contenders(result).items():
+                first = one["first_token"]
+                rows.append(
+                    [
+                        task, who, ratio(one["ratio"]),
+                        f"{one['tokens_per_second']['median']:.1f}",
+                        f"{one['tokens_per_forward']:.2f}",
+                        f"{1e3 * one['seconds_per_forward']:.1f}",
+                        f"{100 * floor['seconds_per_forward'] / one['seconds_per_forward']:.0f} %",
+                        "" if first is None else f"{1e3 * first['median']:.0f}",
+                        f"{one['peak_bytes'] / _MIB:.0f}",
+                        same(one),
+                    ]
+                )  # fmt: skip
+        sizes = [f"{task}: {one['prompts']} prompts of up to {one['max_new_tokens']} tokens"
+                 for task, one in tasks.items()]  # fmt: skip
+        head = [
+            "task", "contender", "tokens/s, of HuggingFace's (quartiles)", "tokens/s",
+            "tokens per forward", "ms a forward", "floor's share of it", "first token, ms",
+            "peak MiB", "texts of fp32 greedy search",
+        ]  # fmt: skip
+        lines += [f"Batch {size}; {'; '.join(sizes)}.", "", *table(head, rows)]
+    if found["absent"]:
+        lines += ["Not taking part:", ""]
+        lines += [f"- {who}: {reason}." for who, reason in found["absent"].items()]
+        lines.append("")
+    return [
+        *lines,
+        f"![Tokens per second by task](decoding_{name}.png)",
+        f"![Speed against memory](decoding_memory_{name}.png)",
+        "",
+    ]
+
+
+def same(one: dict[str, Any]) -> str:
+    """How many texts are fp32 greedy search's, and what the others are."""
+    text = f"{one['same']} of {one['texts']}"
+    others = one["texts"] - one["same"]
+    if others:
+        wrong = others - one["near_ties"]
+        text += f" ({one['near_ties']} near-ties, {wrong} others)"
+    return text
+
+
+def draw_bars(found: dict[str, Any], path: Path) -> None:
+    """Figure 5: a panel a task, a bar a contender, at batch 1 (or the smallest there is)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = next(iter(found["batches"].values()))
+    names = list(dict.fromkeys(name for task in tasks.values() for name in contenders(task)))
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(2.6 + 2.7 * len(tasks), 0.36 * len(names) + 1.5),
+        sharey=True, layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axis, (task, result) in zip(axes[0], tasks.items(), strict=True):
+        shown = contenders(result)
+        values = [shown[name]["ratio"] if name in shown else None for name in names]
+        for place, (name, value) in enumerate(zip(names, values, strict=True)):
+            if value is None:
+                continue
+            middle = value["median"]
+            error = [[middle - value["low"]], [value["high"] - middle]]
+            axis.barh(place, middle, color=_colour(name), xerr=error, ecolor="#555555", capsize=2)
+            axis.text(value["high"], place, f" {middle:.2f}", va="center", fontsize=8)
+        axis.axvline(1, color="#333333", linewidth=0.8)
+        axis.margins(x=0.15)
+        axis.set_xlim(left=0)
+        axis.set_title(task, fontsize=10)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
+    size = next(iter(found["batches"]))
+    figure.supxlabel(
+        "tokens a second, of HuggingFace's greedy search (median, quartiles)", fontsize=9
+    )
+    figure.suptitle(
+        f"{found['model']}, {found['dtype']}, batch {size}, {found['provenance']['device']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def draw_memory(found: dict[str, Any], path: Path) -> None:
+    """Figure 6: tokens per second over all tasks against peak memory, at batch 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = next(iter(found["batches"].values()))
+    whole = set.intersection(*(set(contenders(task)) for task in tasks.values()))
+    names = [name for name in contenders(next(iter(tasks.values()))) if name in whole]
+    figure, axis = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
+    points = []
+    for name in names:
+        entries = [task[name] for task in tasks.values()]
+        speeds = [one["tokens_per_second"]["median"] for one in entries]
+        memory = max(one["peak_bytes"] for one in entries) / _MIB
+        points.append((memory, len(speeds) / sum(1 / speed for speed in speeds), name))
+    # labels from the top down, none on another
+    points.sort(key=lambda point: -point[1])
+    highest, lowest = points[0][1], points[-1][1]
+    step = max((highest - lowest) / max(1, len(points) - 1), 1e-9)
+    right = max(point[0] for point in points)
+    left = min(point[0] for point in points)
+    edge = right + 0.12 * max(right - left, 1)
+    for place, (memory, speed, name) in enumerate(points):
+        axis.plot(memory, speed, "o", color=_colour(name), markersize=8)
+        axis.annotate(
+            name, (memory, speed), xytext=(edge, highest - place * step), fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7},
+        )  # fmt: skip
+    axis.set_xlim(left - 0.08 * max(right - left, 1), edge + 0.9 * max(right - left, 1))
+    axis.set_xlabel("peak memory of the process, MiB")
+    axis.set_ylabel("tokens a second, harmonic mean over the tasks")
+    size = next(iter(found["batches"]))
+    axis.set_title(f"{found['model']}, {found['dtype']}, batch {size}", fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _colour(name: str) -> str:
+    return _OURS if "cllm" in name.lower() else _THEIRS
+
+
+def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    page = docs / "performance.md"
+    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
+    print(page)
+    for name in NAMES:
+        found = record(results, name)
+        if found is not None:
+            draw_bars(found, docs / f"decoding_{name}.png")
+            draw_memory(found, docs / f"decoding_memory_{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""A process a contender, one of them at work at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.decoding.contenders import CONTENDERS, Absent, Setup
+
+
+class Failed(RuntimeError):
+    """A contender could not do it; the message is for the record."""
+
+
+class Contestant:
+    """A contender in a process of its own, which holds its model from start to end.
+
+    Args:
+        name: of `CONTENDERS`.
+        threads: of torch.
+        warm_up: batches of prompts that are decoded before anything counts: compilation, tuning.
+
+    Attributes:
+        absent: why it does not take part, or None.
+    """
+
+    def __init__(
+        self, name: str, setup: Setup, threads: int, warm_up: Sequence[list[list[int]]], most: int
+    ) -> None:
+        self.name = name
+        # not forked: torch's threads do not survive it
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(theirs, name, setup, threads, list(warm_up), most), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.absent: str | None = None
+        self.weights: dict[str, int] = {}
+        try:
+            self.weights = self._answer()
+        except Failed as error:
+            self.absent = str(error)
+
+    def decode(self, prompts: list[list[int]], most: int) -> dict[str, Any]:
+        """The fields of `Decoded`, and ``peak_bytes`` so far: of the process, or of the GPU."""
+        self._pipe.send((prompts, most))
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError as error:
+            self._process.join()
+            raise Failed(f"its process ended with code {self._process.exitcode}") from error
+        if kind == "failed":
+            raise Failed(value)
+        return value
+
+
+def _work(
+    pipe: Any,
+    name: str,
+    setup: Setup,
+    threads: int,
+    warm_up: list[list[list[int]]],
+    most: int,
+) -> None:
+    torch.set_num_threads(threads)
+    try:
+        decode = CONTENDERS[name](setup)
+        for prompts in warm_up:
+            with suppress(Absent):  # of this batch size; it will say so again where it counts
+                decode(prompts, most)
+    except Exception as error:
+        pipe.send(("failed", _reason(error)))
+        return
+    pipe.send(("ready", {}))
+    while True:
+        try:
+            prompts, limit = pipe.recv()
+        except EOFError:
+            return
+        try:
+            found = asdict(decode(prompts, limit)) | {"peak_bytes": _peak_bytes(setup.device)}
+            pipe.send(("done", found))
+        except Exception as error:
+            pipe.send(("failed", _reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300] if isinstance(error, Absent) else f"{type(error).__name__}: {text[:300]}"
+
+
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

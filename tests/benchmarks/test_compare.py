@@ -1,0 +1,94 @@
+"""The comparison of ways to decode: processes in turn, a record, its page and pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.decoding import compare, compare_report
+from benchmarks.decoding.contenders import EAGER, Setup
+from benchmarks.decoding.contest import Contestant, Failed
+from cllm import GatedAdapter
+from tests.decoding.tiny_models import fresh_model, tiny_model
+from tests.one_thread import one_thread
+
+__all__ = ["one_thread"]
+
+OURS = "cllm, adapter, looked up"
+
+
+def test_what_a_forward_reads():
+    tied, untied = tiny_model("gpt2"), fresh_model("llama")
+    assert compare.weight_bytes(tied) == sum(p.nbytes for p in tied.parameters())
+    embedding = untied.get_input_embeddings().weight
+    whole = sum(p.nbytes for p in untied.parameters())
+    assert compare.weight_bytes(untied) == whole - embedding.nbytes
+    assert compare.bandwidth("cpu") > 1e8
+
+
+def test_a_contender_that_cannot_take_part_says_why(base):
+    setup = Setup(str(base), "float32", "cpu", None, None, None, 4, 64)
+    for name, reason in (
+        ("HuggingFace, draft model", r"no draft model was given \(--draft\)"),
+        ("cllm, adapter", r"no adapter was given \(--adapter\)"),
+    ):
+        one = Contestant(name, setup, 1, [], 4)
+        assert one.absent is not None and one.absent == reason.replace("\\", "")
+        one.close()
+
+
+@pytest.mark.slow
+def test_compare(run, base, tasks, results, tmp_path, monkeypatch):
+    adapter = GatedAdapter.random(AutoModelForCausalLM.from_pretrained(base), 2, scale=0.5)
+    arguments = (
+        *("--base", base, "--tasks", tasks, "--data", f"talk={tmp_path / 'sums.jsonl'}"),
+        *("--adapter", adapter.save(tmp_path / "adapter"), "--limit", 2, "--warm-up", 0),
+        *("--batch", 1, "--batch", 2, "--rounds", 2, "--work", tmp_path / "work"),
+        *("--contender", "HuggingFace, prompt lookup", "--contender", OURS),
+        *("--contender", "HuggingFace, draft model", "--record", "cpu"),
+    )
+    run(compare, *arguments)
+    found = json.loads((results / "cpu" / "compare_float32.json").read_text())
+    assert list(found["absent"]) == [
+        "HuggingFace, draft model",
+        "HuggingFace, prompt lookup, batch 2",
+    ]
+    for size, names in (("1", [EAGER, "HuggingFace, prompt lookup", OURS]), ("2", [EAGER, OURS])):
+        for task in found["batches"][size].values():
+            assert list(compare_report.contenders(task)) == names
+            for one in compare_report.contenders(task).values():
+                assert one["same"] == one["texts"] == 4
+                assert one["tokens_per_second"]["median"] > 0 and one["peak_bytes"] > 1e7
+            assert task[EAGER]["ratio"]["median"] == 1.0
+            assert (task[EAGER]["first_token"] is not None) == (size == "1")
+            assert task[OURS]["tokens_per_forward"] >= 0.9  # of one prompt, the prefill counted
+
+    # what is done is not done again
+    def never(*_):
+        raise Failed("run again")
+
+    monkeypatch.setattr(Contestant, "decode", never)
+    run(compare, *arguments)
+    again = json.loads((results / "cpu" / "compare_float32.json").read_text())
+    assert again["batches"]["1"] == found["batches"]["1"]
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "performance.md").write_text("\n".join(("above", *compare_report.MARKERS, "below")))
+    compare_report.main(results, docs)
+    page = (docs / "performance.md").read_text()
+    assert page.startswith("above") and "| sums | cllm, adapter, looked up |" in page
+    assert "- HuggingFace, draft model: no draft model was given (--draft)." in page
+    for name in ("decoding_compare_float32.png", "decoding_memory_compare_float32.png"):
+        assert (docs / name).stat().st_size > 5000
+    torch.set_num_threads(1)
+
+
+def test_the_page_is_that_of_the_records():
+    page = (compare_report.DOCS / "performance.md").read_text()
+    begin, end = compare_report.MARKERS
+    written = page.split(begin)[1].split(end)[0].strip("\n")
+    assert written == compare_report.section(compare_report.RESULTS)
