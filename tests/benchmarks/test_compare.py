@@ -64,7 +64,9 @@ def test_compare(run, base, tasks, results, tmp_path, monkeypatch):
                 assert one["tokens_per_second"]["median"] > 0 and one["peak_bytes"] > 1e7
             assert task[EAGER]["ratio"]["median"] == 1.0
             assert (task[EAGER]["first_token"] is not None) == (size == "1")
-            assert task[OURS]["tokens_per_forward"] >= 0.9  # of one prompt, the prefill counted
+            assert (
+                task[OURS]["tokens_per_forward"] >= 8 / 9 - 1e-9
+            )  # eight tokens, the prefill counted
 
     # what is done is not done again
     def never(*_):
