@@ -13,23 +13,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import RESULTS, rewrite
-from benchmarks.pages import ratio, record, source, table
+from benchmarks.pages import percent, ratio, record, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = tuple(
     f"<!-- adapter: {text} -->"
     for text in ("begin (written by benchmarks/adapter/report.py)", "end")
 )
+CURVE = "adapter_curve"  # of benchmarks/training/curves.py
 _MIB = 2**20
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def section(results: Path) -> str:
-    """Held-out prompts, then the gate's cost."""
+    """Held-out prompts, then the training, then the gate's cost."""
     lines: list[str] = []
     held_out = record(results, "adapter_held_out")
     if held_out is not None:
         lines += held_out_section(held_out)
+    curve = record(results, CURVE)
+    if curve is not None:
+        lines += training_section(curve)
     costs = {dtype: record(results, f"gate_cost_{dtype}") for dtype in _DTYPES}
     lines += cost_section({dtype: one for dtype, one in costs.items() if one is not None})
     return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
@@ -100,6 +104,34 @@ def held_out_section(found: dict[str, Any]) -> list[str]:
             *table(head, rows),
         ]
     return lines
+
+
+def training_section(found: dict[str, Any]) -> list[str]:
+    """Tokens per forward by tokens trained, and what the run took."""
+    lines = ["### What its training takes", "", source(found, CURVE)]
+    rows = []
+    for name, run in found["runs"].items():
+        settings = run["settings"]
+        lines.append(
+            f"{name}: learning rate {settings['learning_rate']:g}, sampling "
+            f"{settings['sampling']}, {settings['divergence']}; "
+            f"{run['seconds'] / 3600:.1f} hours, evaluations and all."
+        )
+        rows += [
+            [
+                name, str(point["step"]), f"{point['noisy_tokens']:,.0f}",
+                f"{point['tokens_per_forward']:.2f}", percent(point["exact_match"]),
+            ]
+            for point in run["evaluations"]
+        ]  # fmt: skip
+    head = ["run", "step", "noisy tokens", "tokens per forward", "text equal to the base's"]
+    return [
+        *lines,
+        "",
+        "Tokens per forward of the trainer's own few held-out prompts, with nothing looked up:",
+        "",
+        *table(head, rows),
+    ]
 
 
 def cost_section(costs: dict[str, dict[str, Any]]) -> list[str]:

@@ -246,7 +246,7 @@ def _jacobi(**changes: Any) -> Callable[[Setup], Decode]:
     """Base weights; `block_size` None is the setup's."""
 
     def make(setup: Setup) -> Decode:
-        size = changes.get("block_size") or setup.block_size
+        size = changes.get("block_size", setup.block_size)
         config = cllm.JacobiConfig(**(changes | {"block_size": size}))
         return _cllm(load_model(setup.model, setup), config)
 
@@ -289,7 +289,8 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "flashspec, prompt lookup": _flashspec,
     "cllm, one token": _jacobi(block_size=1),
     "cllm, Jacobi": _jacobi(lookup=0),
-    "cllm, looked up": _jacobi(),
+    "cllm, looked up": _jacobi(pool=False),
+    "cllm, looked up, pool": _jacobi(),
     "cllm, automatic": _jacobi(block_size="auto"),
     "cllm, adapter": lambda setup: _gated(setup, lookup=0),
     "cllm, adapter, looked up": _gated,

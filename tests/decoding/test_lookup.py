@@ -95,6 +95,7 @@ def test_recorded_windows_hold_what_was_looked_up():
         **inputs,
         max_new_tokens=40,
         block_size=5,
+        lookup_least=1,
         record_trajectories=True,
         return_dict_in_generate=True,
     )

@@ -143,7 +143,13 @@ def choose(
         context: most positions of the model, or None.
     """
     known = _known.setdefault(model, _Known())
-    guesser = (settings.longest_lookup, settings.lookup_least, settings.fill, sampled)
+    guesser = (
+        settings.longest_lookup,
+        settings.lookup_least,
+        settings.pool,
+        settings.fill,
+        sampled,
+    )
     options = []
     for who in (None, adapter) if adapter is not None else (None,):
         name = None if who is None else (who.parameters, who.ranks)

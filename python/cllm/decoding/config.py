@@ -36,7 +36,10 @@ class JacobiConfig:
             followed there becomes the window's guesses (prompt lookup decoding). 0: nothing is
             looked up. In sliding mode only. ``None``: 3 in sliding mode, 0 in block mode.
         lookup_least: an end that is found again must have so many tokens, from 1 to `lookup`.
-            ``None``: 1; 2 where an adapter would guess otherwise.
+            ``None``: 2 where the pool or an adapter would guess otherwise, else 1.
+        pool: where nothing is found there, the guess behind each token is what the model predicted
+            behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
+            mode only. ``None``: where something is looked up and no adapter guesses.
         seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
             the same text. ``None``: fills take 0, a call that samples draws a seed from its
             ``generator`` or from torch's own.
@@ -64,6 +67,7 @@ class JacobiConfig:
     verify_size: int | None = None
     lookup: int | None = None
     lookup_least: int | None = None
+    pool: bool | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -88,6 +92,11 @@ class JacobiConfig:
             problems.append(
                 f"max_iterations must be None or an integer >= 1, not {self.max_iterations!r}"
             )
+        pool: Any = self.pool
+        if pool is not None and not isinstance(pool, bool):
+            problems.append(f"pool must be None, True or False, not {pool!r}")
+        elif pool and self.mode == "block":
+            problems.append("pool=True needs mode='sliding': a block keeps its own guesses")
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
             problems.append(f"record_trajectories must be True or False, not {record!r}")
@@ -100,6 +109,16 @@ class JacobiConfig:
         if self.lookup is None:
             return max(_LOOKUP, self.lookup_least or 1) if self.mode == "sliding" else 0
         return self.lookup
+
+    def pools(self, gated: bool) -> bool:
+        """`pool`, with what ``None`` stands for, where an adapter guesses or does not."""
+        return self.pool if self.pool is not None else bool(self.longest_lookup) and not gated
+
+    def least_lookup(self, gated: bool) -> int:
+        """`lookup_least`, with what ``None`` stands for."""
+        if self.lookup_least is not None:
+            return self.lookup_least
+        return min(self.longest_lookup, 2 if gated or self.pools(gated) else 1)
 
     @property
     def width(self) -> int:

@@ -23,6 +23,7 @@ from .gated import GatedLoop
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput
+from .pool import GuessPool
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .stopping import StopRules
@@ -48,6 +49,7 @@ def jacobi_decode(
     verify_size: int | None = None,
     lookup: int | None = None,
     lookup_least: int | None = None,
+    pool: bool | None = None,
     adapter: Any = None,
     generator: torch.Generator | None = None,
     row_ids: Sequence[int] | torch.Tensor | None = None,
@@ -96,6 +98,7 @@ def jacobi_decode(
         verify_size=verify_size,
         lookup=lookup,
         lookup_least=lookup_least,
+        pool=pool,
     )
     check_verify_size(settings, adapter)
     if generation_config is None:
@@ -228,14 +231,16 @@ def _start(
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.width
     )
-    lookup = None
+    gated = gate is not None
+    lookup = pool = None
     if settings.longest_lookup and settings.width > 1:
-        longest, least = settings.longest_lookup, settings.lookup_least
-        # an adapter is asked before what once followed a single token
-        least = least or min(longest, 1 if gate is None else 2)
-        lookup = Lookup(longest, least, width - lengths)
+        lookup = Lookup(settings.longest_lookup, settings.least_lookup(gated), width - lengths)
+    if settings.pools(gated) and settings.width > 1:
+        pool = GuessPool(prompts, lengths, traits.vocab_size)
     predictor = Predictor(processors, noise, forward.head)
-    extra = dict(prompt_width=width, lookup=lookup, predictor=predictor, streamer=streamer)
+    extra = dict(
+        prompt_width=width, lookup=lookup, pool=pool, predictor=predictor, streamer=streamer
+    )
     if gate is None:
         return DecodingLoop(forward, state, settings, rules, **extra), seconds
     return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds

@@ -43,6 +43,8 @@ class GatedLoop(DecodingLoop):
             places = [columns_from(columns, count) for count in (verify, width)]
             drafted = self.predictor.guesses(logits, torch.cat(places, dim=1))
             predictions, guesses = drafted[:, :verify].contiguous(), drafted[:, verify:]
+        if self.pool is not None:
+            self.pool.add(checked, predictions)
         lengths = state.lengths.clone()
         state.step(predictions, config, checked)
         state.window = next_window(

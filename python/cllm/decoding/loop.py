@@ -16,6 +16,7 @@ from ..trajectory import Iteration, Trajectory
 from .config import JacobiConfig
 from .forward import BlockForward
 from .lookup import Lookup
+from .pool import GuessPool
 from .predict import Predictor
 from .stopping import StopRules
 
@@ -122,7 +123,7 @@ class DecodingLoop:
         forward: the prefilled block forward.
         state: the rows.
         prompt_width: P, columns of `state.sequences` that hold the (padded) prompts.
-        lookup: where guesses come from beside the predictions; None: from nowhere.
+        lookup, pool: where guesses come from beside the predictions; None: from nowhere.
         predictor: makes tokens of what `forward` gives; None: by a plain argmax.
         streamer: told of accepted tokens as they come (batch of 1).
     """
@@ -136,6 +137,7 @@ class DecodingLoop:
         *,
         prompt_width: int,
         lookup: Lookup | None = None,
+        pool: GuessPool | None = None,
         predictor: Predictor | None = None,
         streamer: Any = None,
     ):
@@ -145,6 +147,7 @@ class DecodingLoop:
         self.rules = rules
         self.prompt_width = prompt_width
         self.lookup = lookup
+        self.pool = pool
         self.predictor = predictor or Predictor()
         self.streamer = streamer
         self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
@@ -169,7 +172,9 @@ class DecodingLoop:
             self.streamer.end()
 
     def _look_up(self) -> None:
-        """Better guesses for the next window, from the text."""
+        """Better guesses for the next window: from the text, else from earlier predictions."""
+        if self.pool is not None:
+            self.state.window = self.pool.improved(self.state.window)
         if self.lookup is None:
             return
         state, end = self.state, max(row.generated for row in self.rows)
@@ -183,6 +188,8 @@ class DecodingLoop:
         predictions = self.predictor.tokens(
             given, state.window, state.sequences, self._columns(), self._starts()
         )
+        if self.pool is not None:
+            self.pool.add(state.window, predictions)
         before = state.window.clone() if config.record_trajectories else None
         state.step(predictions, config)
         self._read_back(predictions, before)

@@ -1,0 +1,53 @@
+"""Guesses from what the model has said before: after each token, the token that it predicted last.
+
+Every forward predicts a token behind every token of its window, the wrong guesses included, and
+throws most of them away. Kept, they say what the model likes to put behind a token (the n-gram pool
+of lookahead decoding, Fu et al. 2024, arXiv 2402.02057, with n = 2, and rejected predictions in
+it); the prompt's own pairs are there from the start.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class GuessPool:
+    """For every row and every token of the vocabulary, the latest token behind it.
+
+    8 bytes a row and token, whatever the length of the text. Only shapes decide what runs, nothing
+    is read back, and what is kept does not depend on the order in which a device writes.
+
+    Args:
+        prompts: [B, P] int64, right-padded.
+        lengths: [B] their tokens.
+        vocabulary: V.
+    """
+
+    def __init__(self, prompts: torch.Tensor, lengths: torch.Tensor, vocabulary: int):
+        batch, width = prompts.shape
+        self.vocabulary = vocabulary
+        # [B, V] stamp * V + token, so that the latest of several is the largest; -1: none yet
+        self._latest = prompts.new_full((batch, vocabulary), -1)
+        self._stamp = width
+        places = torch.arange(width - 1, device=prompts.device)
+        pairs = places * vocabulary + prompts[:, 1:]
+        pairs = pairs.masked_fill(places >= (lengths - 1)[:, None], -1)
+        self._latest.scatter_reduce_(1, prompts[:, :-1], pairs, "amax")
+
+    def add(self, window: torch.Tensor, predictions: torch.Tensor) -> None:
+        """Keep the predictions [B, n] behind the tokens of a window [B, n]."""
+        width = window.shape[1]
+        places = torch.arange(self._stamp, self._stamp + width, device=window.device)
+        self._stamp += width
+        pairs = places * self.vocabulary + predictions
+        self._latest.scatter_reduce_(1, window, pairs, "amax")
+
+    def improved(self, window: torch.Tensor) -> torch.Tensor:
+        """The window [B, n] with the latest token behind each token in the place after it, from the
+        first on; where there is none, its own."""
+        tokens = [window[:, :1]]
+        for place in range(1, window.shape[1]):
+            pair = self._latest.gather(1, tokens[-1])
+            known = pair.remainder(self.vocabulary)
+            tokens.append(torch.where(pair >= 0, known, window[:, place : place + 1]))
+        return torch.cat(tokens, dim=1)
