@@ -114,8 +114,7 @@ def training_section(found: dict[str, Any]) -> list[str]:
         settings = run["settings"]
         lines.append(
             f"{name}: learning rate {settings['learning_rate']:g}, sampling "
-            f"{settings['sampling']}, {settings['divergence']}; "
-            f"{run['seconds'] / 3600:.1f} hours, evaluations and all."
+            f"{settings['sampling']}, {settings['divergence']}."
         )
         rows += [
             [

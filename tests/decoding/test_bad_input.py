@@ -15,7 +15,7 @@ from .tiny_models import VOCAB, fresh_model, prompts, tiny_model
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 0}, "block_size must be an integer >= 1, not 0"),
+        ({"block_size": 0}, "block_size must be an integer >= 1 or 'auto', not 0"),
         ({"block_size": 2.5}, "block_size"),
         ({"block_size": True}, "block_size"),
         ({"mode": "tree"}, "mode must be one of 'sliding', 'block', not 'tree'"),
