@@ -89,7 +89,8 @@ BlockSizeOption = Annotated[
 ]
 
 
-def _block_size(text: str) -> int | str:
+def _block_size(given: str | int) -> int | str:
+    text = str(given)  # the default comes as it is
     if text == "auto" or (text.isdecimal() and int(text) >= 1):
         return text if text == "auto" else int(text)
     raise typer.BadParameter(f"{text!r} is neither an integer >= 1 nor auto")
