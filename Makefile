@@ -68,7 +68,8 @@ bench: $(VENV)/.ready
 # against every other way to decode; TASKS: data that is not on the hub, --data TASK=FILE each
 bench-decoding: $(VENV)/.ready
 	for dtype in bfloat16 float32; do \
-	  $(BIN)/python benchmarks/decoding/compare.py --tasks recipes/compare.yaml $(TASKS) \
+	  $(BIN)/python benchmarks/decoding/compare.py --tasks recipes/adapter_held_out.yaml \
+	    --tasks recipes/mt_bench.yaml $(TASKS) \
 	    --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --dtype $$dtype \
 	    --work runs/compare --record cpu || exit 1; \
 	done

@@ -68,7 +68,8 @@ def held_out_section(found: dict[str, Any]) -> list[str]:
         f"Forwards counted in fp32, {window(found['window'])} (plain: n alone), every one but the "
         "prefill. Texts beside those of HuggingFace's greedy search of the base, one prompt at a "
         "time, token for token; of one that differs, `cllm.verify` says whether a near-tie "
-        "explains it.",
+        "explains it. Looked up: guesses from the text, and without the adapter from the pool of "
+        "earlier predictions.",
         "",
     ]
     rows = [

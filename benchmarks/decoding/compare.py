@@ -7,8 +7,9 @@ forward, every forward counted, the prefill too; the time to the first token; pe
 its texts are those of HuggingFace's greedy search in fp32; and how near it comes to the floor, the
 time in which this machine reads the weights once.
 
-    python benchmarks/decoding/compare.py --tasks recipes/compare.yaml --dtype bfloat16 \
-        --adapter ADAPTER --work runs/compare --record cpu
+    python benchmarks/decoding/compare.py --tasks recipes/adapter_held_out.yaml \
+        --tasks recipes/mt_bench.yaml --dtype bfloat16 --adapter ADAPTER \
+        --work runs/compare --record cpu
     python benchmarks/decoding/compare_report.py
 
 Finished batches are kept in --work, so that an interrupted run goes on where it was. A contender
@@ -73,8 +74,12 @@ class Comparison:
         self.reference, self.tokenizer = load(options.base, "float32", options.device)
         sources = dict(entry.split("=", 1) for entry in options.data)
         caps = token_caps(options.max_new_tokens)
-        tasks = read_tasks(options.tasks, sources, self.reference, self.tokenizer, caps)
-        # the last prompts of a task warm the contenders up and take no part
+        tasks = [
+            task
+            for path in options.tasks
+            for task in read_tasks(path, sources, self.reference, self.tokenizer, caps)
+        ]
+        # prompts behind those that count warm the contenders up
         warm = options.warm_up
         self.tasks = [replace(t, prompts=t.prompts[: options.limit]) for t in tasks]
         self.warm_up = [t.prompts[options.limit : options.limit + warm] for t in tasks]
@@ -227,7 +232,10 @@ class Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", help="folder or hub id; by default the demo's model")
-    parser.add_argument("--tasks", type=Path, required=True, help="see recipes/compare.yaml")
+    parser.add_argument(
+        "--tasks", type=Path, action="append", required=True,
+        help="see recipes/adapter_held_out.yaml; may be given again",
+    )  # fmt: skip
     parser.add_argument("--data", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

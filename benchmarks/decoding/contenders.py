@@ -242,33 +242,31 @@ def _flashspec(setup: Setup) -> Decode:
     return decode
 
 
+def _config(setup: Setup, changes: dict[str, Any]) -> cllm.JacobiConfig:
+    return cllm.JacobiConfig(**({"block_size": setup.block_size} | changes))
+
+
 def _jacobi(**changes: Any) -> Callable[[Setup], Decode]:
-    """Base weights; `block_size` None is the setup's."""
+    """Base weights; the block size is the setup's unless `changes` say another."""
 
     def make(setup: Setup) -> Decode:
-        size = changes.get("block_size", setup.block_size)
-        config = cllm.JacobiConfig(**(changes | {"block_size": size}))
-        return _cllm(load_model(setup.model, setup), config)
+        return _cllm(load_model(setup.model, setup), _config(setup, changes))
 
     return make
 
 
-def _gated(setup: Setup, **changes: Any) -> Decode:
-    if setup.adapter is None:
-        raise Absent("no adapter was given (--adapter)")
-    model = load_model(setup.model, setup)
-    adapter = cllm.GatedAdapter.load(setup.adapter)
-    adapter.check(model)
-    return _cllm(model, cllm.JacobiConfig(block_size=setup.block_size, **changes), adapter)
+def _gated(**changes: Any) -> Callable[[Setup], Decode]:
+    """The same with the adapter."""
 
+    def make(setup: Setup) -> Decode:
+        if setup.adapter is None:
+            raise Absent("no adapter was given (--adapter)")
+        model = load_model(setup.model, setup)
+        adapter = cllm.GatedAdapter.load(setup.adapter)
+        adapter.check(model)
+        return _cllm(model, _config(setup, changes), adapter)
 
-def _auto_gated(setup: Setup) -> Decode:
-    if setup.adapter is None:
-        raise Absent("no adapter was given (--adapter)")
-    model = load_model(setup.model, setup)
-    adapter = cllm.GatedAdapter.load(setup.adapter)
-    adapter.check(model)
-    return _cllm(model, cllm.JacobiConfig(block_size="auto"), adapter)
+    return make
 
 
 def _weights(setup: Setup) -> Decode:
@@ -279,8 +277,6 @@ def _weights(setup: Setup) -> Decode:
 
 
 EAGER = "HuggingFace"
-# whose text is another model's
-OTHER_MODEL = ("CLLM weights, looked up",)
 CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     EAGER: _eager,
     "HuggingFace, static cache, compiled": _compiled,
@@ -292,8 +288,8 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, looked up": _jacobi(pool=False),
     "cllm, looked up, pool": _jacobi(),
     "cllm, automatic": _jacobi(block_size="auto"),
-    "cllm, adapter": lambda setup: _gated(setup, lookup=0),
-    "cllm, adapter, looked up": _gated,
-    "cllm, adapter, automatic": _auto_gated,
+    "cllm, adapter": _gated(lookup=0),
+    "cllm, adapter, looked up": _gated(),
+    "cllm, adapter, automatic": _gated(block_size="auto"),
     "CLLM weights, looked up": _weights,
 }

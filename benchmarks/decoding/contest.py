@@ -46,9 +46,8 @@ class Contestant:
         self._process.start()
         theirs.close()
         self.absent: str | None = None
-        self.weights: dict[str, int] = {}
         try:
-            self.weights = self._answer()
+            self._answer()
         except Failed as error:
             self.absent = str(error)
 

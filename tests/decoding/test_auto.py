@@ -151,7 +151,8 @@ def test_it_is_measured_once(monkeypatch):
     original = auto.timed
     monkeypatch.setattr(auto, "timed", lambda *args: measured.append(1) or original(*args))
     for _ in range(3):
-        chosen(model, max_new_tokens=80)
+        assert chosen(model, max_new_tokens=3)[0] <= 3  # nor again for a longer text
+    chosen(model, max_new_tokens=80)
     assert len(measured) == 1
     cllm.generate(model, **prompts([9] * 3), block_size="auto", max_new_tokens=80)
     assert len(measured) == 2

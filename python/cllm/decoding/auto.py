@@ -138,7 +138,7 @@ def choose(
         adapter: may make the guesses, where that is faster than doing without it.
         prompt: token ids [P], to time forwards behind where the machine is not known yet.
         batch: B.
-        new_tokens: length limit of the text.
+        new_tokens: length limit of the text, and of the window.
         sampled: guesses of samples are right less often, so they are counted apart.
         context: most positions of the model, or None.
     """
@@ -154,10 +154,11 @@ def choose(
     for who in (None, adapter) if adapter is not None else (None,):
         name = None if who is None else (who.parameters, who.ranks)
         acceptance = known.acceptance.setdefault((name, *guesser), Acceptance())
-        seconds = _seconds(known, model, who, name, prompt, batch, new_tokens, context)
+        seconds = _seconds(known, model, who, name, prompt, batch, context)
         for size, cost in seconds.items():
-            rate = acceptance.tokens_per_forward(size) / cost
-            options.append((rate, -size, who is not None, acceptance))
+            if size <= max(1, new_tokens):
+                rate = acceptance.tokens_per_forward(size) / cost
+                options.append((rate, -size, who is not None, acceptance))
     # of equals the narrowest
     _, size, gated, acceptance = max(options, key=lambda one: one[:2])
     chosen = replace(settings, block_size=-size, verify_size=-size if gated else None)
@@ -171,7 +172,6 @@ def _seconds(
     name: tuple | None,
     prompt: Sequence[int],
     batch: int,
-    new_tokens: int,
     context: int | None,
 ) -> dict[int, float]:
     device = model.get_input_embeddings().weight.device
@@ -179,18 +179,14 @@ def _seconds(
     key = (str(device), model.dtype, bucket, name)
     if key not in known.seconds:
         every = PLAIN if adapter is None else GATED
-        room = every[-1] if context is None else context - len(prompt)
-        sizes = [size for size in every if size <= min(room, new_tokens)] or [every[0]]
-        clock = ForwardClock(model, prompt, new_tokens + 2 * sizes[-1], adapter, batch=1 << bucket)
+        sizes = [size for size in every if context is None or size <= context]
+        clock = ForwardClock(model, prompt, 2 * sizes[-1], adapter, batch=1 << bucket)
         one = known.seconds.get((*key[:3], None), {}).get(1)
 
         def run(size: int) -> float:
             return clock.plain(size, 1) if adapter is None else clock.gated(size, size, 1)
 
-        found = timed(run, sizes, one)
-        if len(sizes) < len(every) and max(found) == sizes[-1]:
-            return found  # cut short by a short text: the next call may want to know more
-        known.seconds[key] = found
+        known.seconds[key] = timed(run, sizes, one)
     return known.seconds[key]
 
 

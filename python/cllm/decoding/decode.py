@@ -284,7 +284,7 @@ def _result(
         decode_seconds=loop.seconds,
         trajectories=trajectories,
         block_size=loop.config.width,
-        verify_size=getattr(loop, "verify", None),
+        verify_size=loop.verify,
     )
 
 

@@ -25,7 +25,8 @@ class GatedLoop(DecodingLoop):
         self.verify = self.config.verify_size or self.config.width
 
     def _iterate(self) -> None:
-        state, config, verify = self.state, self.config, self.verify
+        state, config = self.state, self.config
+        verify = config.verify_size or config.width
         window = state.window
         batch, width = window.shape
         host_lengths = [row.length for row in self.rows]
@@ -38,10 +39,13 @@ class GatedLoop(DecodingLoop):
             predictions = self.predictor.tokens(
                 logits[:, :verify], checked, state.sequences, columns, self._starts()
             )
-            guesses = self.predictor.guesses(logits[:, verify:], columns_from(columns, width))
+            places = None if columns is None else columns_from(columns, width)
+            guesses = self.predictor.guesses(logits[:, verify:], places)
         else:
-            places = [columns_from(columns, count) for count in (verify, width)]
-            drafted = self.predictor.guesses(logits, torch.cat(places, dim=1))
+            if columns is not None:
+                parts = [columns_from(columns, count) for count in (verify, width)]
+                columns = torch.cat(parts, dim=1)
+            drafted = self.predictor.guesses(logits, columns)
             predictions, guesses = drafted[:, :verify].contiguous(), drafted[:, verify:]
         if self.pool is not None:
             self.pool.add(checked, predictions)

@@ -119,6 +119,9 @@ class HostRow:
 class DecodingLoop:
     """Runs the iterations of one call.
 
+    Attributes:
+        verify: tokens of a window that are checked, where that is not all of it.
+
     Args:
         forward: the prefilled block forward.
         state: the rows.
@@ -127,6 +130,8 @@ class DecodingLoop:
         predictor: makes tokens of what `forward` gives; None: by a plain argmax.
         streamer: told of accepted tokens as they come (batch of 1).
     """
+
+    verify: int | None = None
 
     def __init__(
         self,
@@ -194,8 +199,11 @@ class DecodingLoop:
         state.step(predictions, config)
         self._read_back(predictions, before)
 
-    def _columns(self) -> torch.Tensor:
-        """[B] column of the output that the token behind each window's first is for."""
+    def _columns(self) -> torch.Tensor | None:
+        """[B] column of the output that the token behind each window's first is for; None where
+        only its prediction counts, not its place."""
+        if self.predictor.noise is None:
+            return None
         return self.state.generated - self.state.progress
 
     def _starts(self) -> list[int]:

@@ -62,7 +62,7 @@ class Predictor:
         given: torch.Tensor,
         window: torch.Tensor,
         sequences: torch.Tensor,
-        columns: torch.Tensor,
+        columns: torch.Tensor | None,
         starts: list[int],
     ) -> torch.Tensor:
         """The tokens that one-token decoding would choose, where the window's guesses are right.
@@ -71,16 +71,19 @@ class Predictor:
             given: [B, n, V] logits, or [B, n, H] hidden states with a head.
             window: [B, n] int64.
             sequences: [B, L] int64, padded prompts and committed tokens.
-            columns: [B] column of `sequences` that the token behind ``window[b, 0]`` is for.
+            columns: [B] column of `sequences` that the token behind ``window[b, 0]`` is for; None
+                where there is no noise.
             starts: the same on the host.
 
         Returns:
             [B, n] int64, contiguous.
         """
-        run = columns_from(columns, given.shape[1])
+        run = None if columns is None else columns_from(columns, given.shape[1])
         if not self.needs_prefixes:
             return self.guesses(given, run)
-        noise = None if self.noise is None else self.noise.at(run, given.shape[-1])
+        noise = None
+        if self.noise is not None and run is not None:
+            noise = self.noise.at(run, given.shape[-1])
         return processed_argmax(self.processors, given, window, sequences, starts, noise)
 
     @property
@@ -88,12 +91,12 @@ class Predictor:
         """Whether a choice depends on more than the place and what the model gives there."""
         return len(self.rowwise) < len(self.processors)
 
-    def guesses(self, given: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def guesses(self, given: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
         """Tokens chosen without their prefixes: processors that need those are left out.
 
         Args:
             given: [B, n, V] logits, or [B, n, H] hidden states with a head.
-            columns: [B, n] column that each token is for.
+            columns: [B, n] column that each token is for; None where there is no noise.
 
         Returns:
             [B, n] int64, contiguous.
@@ -102,13 +105,15 @@ class Predictor:
         rows = given.flatten(0, 1)
         if self.head is not None:
             temperature = _temperature(self.rowwise)
-            key = None if self.noise is None else self.noise.key(columns)
+            key = None
+            if self.noise is not None and columns is not None:
+                key = self.noise.key(columns)
             return self.head.argmax(rows, temperature=temperature, noise=key).view(shape)
         if self.rowwise:
             rows = rows.to(torch.float32, copy=True)
             for processor in self.rowwise:
                 rows = processor(None, rows)
-        if self.noise is not None:
+        if self.noise is not None and columns is not None:
             rows = rows.float() + self.noise.at(columns, rows.shape[-1]).flatten(0, 1)
         return cllm_kernels.row_argmax(rows)[0].view(shape)
 
