@@ -53,6 +53,16 @@ def row_argmax_cpu(
     value: int,
     threads: int,
 ) -> None: ...
+def decoder_layer_cpu(
+    addresses: tuple[int, ...],
+    ranks: tuple[int, ...],
+    dtype: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    scale: float,
+    eps: float,
+    threads: int,
+) -> int: ...
 def gumbel_noise_cpu(
     seed: int,
     row: int,

@@ -8,6 +8,7 @@
                           logits of a few tokens at a time
     gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
     block_attention(...)  append a block to a ragged KV cache, attend to both
+    decoder_layer(h, ...) a Llama-like layer over a block's few rows, in one native call
     block_linear(x, W)    a linear layer for a block's few rows, whose bits are each row's own
 
     backends()            what can run here, and why something cannot
@@ -30,6 +31,8 @@ from cllm_kernels._backend import (
 from cllm_kernels._native import build_info
 from cllm_kernels.block_attention import block_attention
 from cllm_kernels.block_linear import block_linear
+from cllm_kernels.decoder_layer import decoder_layer
+from cllm_kernels.decoder_layer.weights import DecoderWeights
 from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
@@ -40,12 +43,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DecoderWeights",
     "__version__",
     "backends",
     "block_attention",
     "block_linear",
     "build_info",
     "current_backend",
+    "decoder_layer",
     "gumbel_noise",
     "jacobi_step",
     "linear_argmax",

@@ -101,6 +101,50 @@ void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int 
     cllm::block_linear_cpu(linear, threads);
 }
 
+// addresses: hidden, out, then weight, bias, a, b of each of the seven linear layers, the four
+// norms, cos, sin, keys, values, lengths. sizes: batch, n, hidden, mlp, heads, kv_heads, head_size,
+// capacity, rotary_row, window, guesses_from, gated_from.
+constexpr size_t kLayerAddresses = 2 + 4 * cllm::kLayerParts + 9;
+
+int64_t decoder_layer_cpu(const std::array<uintptr_t, kLayerAddresses>& addresses,
+                          const std::array<int64_t, cllm::kLayerParts>& ranks, int dtype,
+                          const std::array<int64_t, 12>& sizes,
+                          const std::array<int64_t, 6>& strides, float scale, float eps,
+                          int threads) {
+    cllm::DecoderLayer layer;
+    const uintptr_t* next = addresses.data();
+    const auto take = [&next] { return pointer<void>(*next++); };
+    layer.hidden = take();
+    layer.out = take();
+    for (int part = 0; part < cllm::kLayerParts; ++part) {
+        cllm::LayerLinear& linear = layer.linears[part];
+        linear.weight = take();
+        linear.bias = take();
+        linear.a = take();
+        linear.b = take();
+        linear.rank = ranks[part];
+    }
+    layer.attention_norm = take();
+    layer.mlp_norm = take();
+    layer.query_norm = take();
+    layer.key_norm = take();
+    layer.cos = take();
+    layer.sin = take();
+    layer.keys = {take(), strides[0], strides[1], strides[2]};
+    layer.values = {take(), strides[3], strides[4], strides[5]};
+    layer.lengths = static_cast<const int64_t*>(take());
+    layer.dtype = static_cast<cllm::Dtype>(dtype);
+    int64_t* const fields[] = {
+        &layer.batch,      &layer.n,        &layer.hidden_size,  &layer.mlp_size,
+        &layer.heads,      &layer.kv_heads, &layer.head_size,    &layer.capacity,
+        &layer.rotary_row, &layer.window,   &layer.guesses_from, &layer.gated_from};
+    for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
+    layer.scale = scale;
+    layer.eps = eps;
+    py::gil_scoped_release release;
+    return cllm::decoder_layer_cpu(layer, threads);
+}
+
 cllm::Noise noise_argument(uintptr_t seed, uintptr_t row, uintptr_t position) {
     return {pointer<const int64_t>(seed), pointer<const int64_t>(row),
             pointer<const int64_t>(position)};
@@ -271,6 +315,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
     module.def("row_argmax_cpu", &row_argmax_cpu);
     module.def("block_linear_cpu", &block_linear_cpu);
+    module.def("decoder_layer_cpu", &decoder_layer_cpu);
     module.def("gumbel_noise_cpu", &gumbel_noise_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);

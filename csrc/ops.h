@@ -123,6 +123,58 @@ struct BlockLinear {
 
 void block_linear_cpu(const BlockLinear& linear, int threads);
 
+// A decoder layer of the Llama kind over the few rows of a block, behind a ragged KV cache:
+// h = hidden + o(attention(norm(hidden))); out = h + down(silu(gate(norm(h))) * up(norm(h))).
+// cllm_kernels/decoder_layer/reference.py has every step, and where 16-bit types are rounded.
+struct LayerLinear {
+    const void* weight;  // [columns, width], contiguous
+    const void* bias;    // [columns], or null
+    const void* a;       // [rank, width], or null
+    const void* b;       // [columns, rank], or null
+    int64_t rank;
+};
+
+// The linear layers, in the order of `DecoderLayer::linears`.
+enum LayerPart : int { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLayerParts };
+
+struct LayerCache {
+    void* data;               // [batch, kv_heads, capacity, head_size], last dimension contiguous
+    int64_t row, head, slot;  // strides in elements
+};
+
+struct DecoderLayer {
+    const void* hidden;  // [batch * n, hidden_size], contiguous
+    void* out;           // [batch * n, hidden_size], contiguous, written; not hidden itself
+    LayerLinear linears[kLayerParts];
+    const void* attention_norm;  // [hidden_size]
+    const void* mlp_norm;        // [hidden_size]
+    const void* query_norm;      // [head_size], or null
+    const void* key_norm;        // [head_size], or null
+    const void* cos;             // [batch or 1, n, head_size], see rotary_row
+    const void* sin;             // the same
+    LayerCache keys;             // mutated
+    LayerCache values;           // mutated
+    const int64_t* lengths;      // [batch]
+    Dtype dtype;                 // of everything else
+    int64_t batch;
+    int64_t n;
+    int64_t hidden_size;
+    int64_t mlp_size;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_size;
+    int64_t capacity;
+    int64_t rotary_row;    // elements from one batch row's cos to the next's; 0: one for all
+    int64_t window;        // positions that a query sees, or 0: all before it
+    int64_t guesses_from;  // first guess row of every batch row; n: there is none
+    int64_t gated_from;    // first row of every batch row that gets the low-rank terms
+    float scale;
+    float eps;
+};
+
+// Returns -1, or the first batch row whose block does not fit its cache; nothing is changed then.
+int64_t decoder_layer_cpu(const DecoderLayer& layer, int threads);
+
 // The in-place pass of linear_consistency_loss over one chunk of tokens: logits in, row losses and
 // d(logits) out. cllm_kernels/linear_consistency_loss/reference.py has the formulas.
 enum class Divergence : int { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };

@@ -79,7 +79,7 @@ def memory(
     traits, ids = check_model(model), torch.tensor([prompt])
     caches = {}
     for name, rows in (("plain", n), ("gated", 2 * n)):
-        layout = choose_layout(model, traits, ids[0], gated=name == "gated")
+        layout = choose_layout(model, traits, ids[0], rows, gated=name == "gated")
         slots = len(prompt) + tokens + rows
         forward = BlockForward(
             model, traits, batch=1, slots=slots, device=ids.device, position_limit=traits.context,

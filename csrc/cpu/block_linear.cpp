@@ -5,6 +5,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace cllm {
 namespace {
 
@@ -25,32 +29,28 @@ const BlockLinearKernels& kernels(Dtype dtype) {
 #endif
 }
 
-constexpr int64_t kLine = 64;  // vectors that straddle cache lines are read at half the speed
-
-char* aligned(std::vector<char>& buffer, int64_t bytes) {
-    if (buffer.size() < static_cast<size_t>(bytes + kLine)) buffer.resize(bytes + kLine);
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return buffer.data() + (kLine - address % kLine) % kLine;
-}
-
 int64_t padded_width(int64_t width) {
     return (width + kBlockLinearPadding - 1) / kBlockLinearPadding * kBlockLinearPadding;
 }
 
-// The rows as the kernel takes them: x itself where it is that already.
-const void* inputs(const BlockLinear& linear, const BlockLinearKernels& kernel, int64_t padded,
-                   std::vector<char>& buffer) {
+// Whether the kernel takes x as it is.
+bool taken_as_it_is(const BlockLinear& linear, const BlockLinearKernels& kernel) {
     const int64_t size = linear.dtype == Dtype::kFloat32 ? 4 : 2;
-    if (size == kernel.input_bytes && linear.width == padded && linear.x_stride == padded) {
-        return linear.x;
-    }
-    const int64_t row_bytes = padded * kernel.input_bytes;
-    char* const rows = aligned(buffer, linear.rows * row_bytes);
-    for (int64_t r = 0; r < linear.rows; ++r) {
-        const char* const data = static_cast<const char*>(linear.x) + r * linear.x_stride * size;
-        kernel.input(data, linear.dtype, linear.width, rows + r * row_bytes, padded);
-    }
-    return rows;
+    const int64_t padded = padded_width(linear.width);
+    return size == kernel.input_bytes && linear.width == padded && linear.x_stride == padded;
+}
+
+// What `input` makes of all rows of x.
+int64_t input_bytes(const BlockLinear& linear, const BlockLinearKernels& kernel) {
+    if (taken_as_it_is(linear, kernel)) return 0;
+    return whole_lines(linear.rows * padded_width(linear.width) * kernel.input_bytes);
+}
+
+bool has_low_rank(const BlockLinear& linear) { return linear.rank > 0 && linear.a != nullptr; }
+
+int64_t low_bytes(const BlockLinear& linear, const BlockLinearKernels& kernel) {
+    if (!has_low_rank(linear)) return 0;
+    return whole_lines(linear.rows * padded_width(linear.rank) * kernel.input_bytes);
 }
 
 // The first of the two products of the low-rank term, itself a linear layer, into `low`.
@@ -75,51 +75,104 @@ void silence(const BlockLinear& linear, char* low, int64_t row_bytes, int64_t be
     }
 }
 
+// The threads of this parallel region share the work by this number.
+int64_t team_size() {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+// A multiple of every number of weights per tile (block_linear_body.h), so that few are left.
+constexpr int64_t kUnit = 12;
+
 }  // namespace
+
+int64_t block_linear_scratch(const BlockLinear* linears, int64_t count) {
+    const BlockLinearKernels& kernel = kernels(linears[0].dtype);
+    int64_t bytes = input_bytes(linears[0], kernel);
+    for (int64_t i = 0; i < count; ++i) bytes += low_bytes(linears[i], kernel);
+    return bytes;
+}
+
+void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scratch) {
+    const BlockLinear& shared = linears[0];
+    const BlockLinearKernels& kernel = kernels(shared.dtype);
+    const int64_t padded = padded_width(shared.width), workers = team_size();
+    const void* x = shared.x;
+    if (!taken_as_it_is(shared, kernel)) {
+        const int64_t size = shared.dtype == Dtype::kFloat32 ? 4 : 2;
+        const int64_t row_bytes = padded * kernel.input_bytes;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < shared.rows; ++r) {
+            const char* const data =
+                static_cast<const char*>(shared.x) + r * shared.x_stride * size;
+            kernel.input(data, shared.dtype, shared.width, scratch + r * row_bytes, padded);
+        }
+        x = scratch;
+        scratch += input_bytes(shared, kernel);
+    }
+    // The low-rank products first: all of one is needed for any column of its layer.
+    char* low = scratch;
+    bool gated = false;
+    for (int64_t i = 0; i < count; ++i) {
+        const BlockLinear& linear = linears[i];
+        if (!has_low_rank(linear)) continue;
+        gated = true;
+        const int64_t padded_rank = padded_width(linear.rank);
+        const int64_t row_bytes = padded_rank * kernel.input_bytes;
+        if (padded_rank != linear.rank) {  // behind the rank there are zeros
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < linear.rows; ++r) {
+                std::memset(low + r * row_bytes, 0, static_cast<size_t>(row_bytes));
+            }
+        }
+        const BlockLinear shrunk = shrinking(linear, kernel, low, padded_rank);
+        const BlockLinearInput narrow{x, nullptr, padded, 0};
+#pragma omp for schedule(static) nowait
+        for (int64_t worker = 0; worker < workers; ++worker) {
+            const int64_t first = linear.rank * worker / workers;
+            const int64_t last = linear.rank * (worker + 1) / workers;
+            if (first == last) continue;
+            kernel.span(shrunk, narrow, first, last);
+            silence(linear, low, row_bytes, first * kernel.input_bytes, last * kernel.input_bytes);
+        }
+        low += low_bytes(linear, kernel);
+    }
+    if (gated) {
+#pragma omp barrier
+    }
+    low = scratch;
+    for (int64_t i = 0; i < count; ++i) {
+        const BlockLinear& linear = linears[i];
+        const bool with_low = has_low_rank(linear);
+        const BlockLinearInput input{x, with_low ? low : nullptr, padded,
+                                     with_low ? padded_width(linear.rank) : 0};
+        const int64_t units = (linear.columns + kUnit - 1) / kUnit;
+#pragma omp for schedule(static) nowait
+        for (int64_t worker = 0; worker < workers; ++worker) {
+            const int64_t first = units * worker / workers * kUnit;
+            const int64_t last = std::min(units * (worker + 1) / workers * kUnit, linear.columns);
+            if (first < last) kernel.span(linear, input, first, last);
+        }
+        low += low_bytes(linear, kernel);
+    }
+#pragma omp barrier
+}
 
 void block_linear_cpu(const BlockLinear& linear, int threads) {
     if (linear.rows == 0 || linear.columns == 0) return;
     // Reading so many weights takes as long as waking a thread.
     constexpr int64_t kWeightsPerThread = 1 << 15;
-    // A multiple of every number of weights per tile (block_linear_body.h), so that few are left.
-    constexpr int64_t kUnit = 12;
-    static thread_local std::vector<char> x_buffer, low_buffer;
-    const BlockLinearKernels& kernel = kernels(linear.dtype);
-    const int64_t padded = padded_width(linear.width);
-    const void* const x = inputs(linear, kernel, padded, x_buffer);
+    static thread_local std::vector<char> buffer;
+    char* const scratch = aligned_bytes(buffer, block_linear_scratch(&linear, 1));
     const int64_t units = (linear.columns + kUnit - 1) / kUnit;
     const int64_t useful = linear.columns * linear.width / kWeightsPerThread + 1;
     const int64_t workers = std::min({static_cast<int64_t>(threads), useful, units});
-
-    const bool gated = linear.rank > 0 && linear.a != nullptr;
-    const int64_t padded_rank = padded_width(linear.rank);
-    const int64_t low_bytes = padded_rank * kernel.input_bytes;
-    char* const low = gated ? aligned(low_buffer, linear.rows * low_bytes) : nullptr;
-    // behind the rank there are zeros
-    if (gated) std::memset(low, 0, static_cast<size_t>(linear.rows * low_bytes));
-    const BlockLinearInput input{x, low, padded, padded_rank};
+    (void)workers;  // unused by a compiler without OpenMP
 #pragma omp parallel num_threads(static_cast<int>(workers)) if (workers > 1)
-    {
-        if (gated) {
-            const BlockLinear shrunk = shrinking(linear, kernel, low, padded_rank);
-            const BlockLinearInput narrow{x, nullptr, padded, 0};
-#pragma omp for schedule(static)
-            for (int64_t worker = 0; worker < workers; ++worker) {
-                const int64_t first = linear.rank * worker / workers;
-                const int64_t last = linear.rank * (worker + 1) / workers;
-                if (first == last) continue;
-                kernel.span(shrunk, narrow, first, last);
-                silence(linear, low, low_bytes, first * kernel.input_bytes,
-                        last * kernel.input_bytes);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t worker = 0; worker < workers; ++worker) {
-            const int64_t first = units * worker / workers * kUnit;
-            const int64_t last = std::min(units * (worker + 1) / workers * kUnit, linear.columns);
-            kernel.span(linear, input, first, last);
-        }
-    }
+    block_linears_in_team(&linear, 1, scratch);
 }
 
 }  // namespace cllm

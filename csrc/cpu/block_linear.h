@@ -1,7 +1,9 @@
 // block_linear's kernels, compiled once per instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "ops.h"
 
@@ -33,5 +35,23 @@ extern const BlockLinearKernels kBlockLinearAvx2;
 extern const BlockLinearKernels kBlockLinearAvx512;
 extern const BlockLinearKernels kBlockLinearAvx512Bf16;  // bf16 alone, by its dot products
 #endif
+
+// Several linear layers of the same x, by the threads of the parallel region that all of them call
+// this in, with the same arguments; outputs are there when it returns. `scratch` has room for
+// block_linear_scratch, kLine bytes aligned.
+void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scratch);
+
+int64_t block_linear_scratch(const BlockLinear* linears, int64_t count);
+
+constexpr int64_t kLine = 64;  // vectors that straddle cache lines are read at half the speed
+
+// `bytes` of the buffer, aligned to lines.
+inline char* aligned_bytes(std::vector<char>& buffer, int64_t bytes) {
+    if (buffer.size() < static_cast<size_t>(bytes + kLine)) buffer.resize(bytes + kLine);
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    return buffer.data() + (kLine - address % kLine) % kLine;
+}
+
+inline int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 }  // namespace cllm

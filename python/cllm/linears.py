@@ -8,7 +8,7 @@ window of n tokens give in a linear layer is the same, bit for bit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -105,6 +105,26 @@ def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
             _leave(module)
 
     return remove
+
+
+def active_terms(
+    modules: Sequence[torch.nn.Module],
+) -> tuple[tuple[Term | None, ...], tuple[int, int, int] | None]:
+    """The term that each of `modules` gets in this thread's forward, and the rows that get it, see
+    `Term.rows`.
+
+    Raises:
+        RuntimeError: several terms for one module, or terms for different rows.
+    """
+    found: list[Term | None] = []
+    gates: set[tuple[int, int, int]] = set()
+    for module in modules:
+        active = [(term, rows) for term in _terms.get(module, ()) if (rows := term.rows())]
+        gates.update(rows for _, rows in active)
+        if len(active) > 1 or len(gates) > 1:
+            raise RuntimeError("several adapters are on in one forward of a decoder layer")
+        found.append(active[0][0] if active else None)
+    return tuple(found), next(iter(gates), None)
 
 
 def _enter(module: Any) -> None:

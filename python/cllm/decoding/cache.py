@@ -44,6 +44,7 @@ class BlockPlan:
         constant_view: never grow the view.
         handed: layers hand the block and their storage to attention as they are, which appends
             the one to the other (`cllm_kernels.block_attention`); nothing is copied or masked.
+        native: whole decoder layers do that (`layers.NativeLayer`), guess rows included.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BlockPlan:
         right_aligned: bool = False,
         constant_view: bool = False,
         handed: bool = False,
+        native: bool = False,
     ):
         self.batch = batch
         self.grows = slots > VIEW_STEP and not constant_view
@@ -62,7 +64,8 @@ class BlockPlan:
         self.capacity = VIEW_STEP if self.grows else self.longest_view
         self.device = device
         self.right_aligned = right_aligned
-        self.handed = handed
+        self.handed = handed or native
+        self.native = native
         self.lengths: torch.Tensor | None = None  # [B] where each row's block begins
         self._offer: tuple[torch.Tensor, torch.Tensor, RaggedLayer] | None = None
         self.prefill = True
@@ -197,14 +200,11 @@ class RaggedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the block's keys and values [B, heads, n, D]; return all that attention sees."""
+        if self.plan.native and not self.plan.prefill:
+            raise RuntimeError("a decoder layer's own forward ran over a window of native layers")
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.storage is not None
-        self.updates += 1
-        keys, values = self.storage
-        self.storage = keys, values = self._grown(keys), self._grown(values)
-        # under the names by which HuggingFace's own code finds a layer's tensors
-        self.keys, self.values = keys, values
+        keys, values = self._with_room()
         if self.plan.handed and not self.plan.prefill:
             self.plan.offer(key_states, value_states, self)
             return key_states, value_states
@@ -217,6 +217,27 @@ class RaggedLayer(CacheLayerMixin):
         if self.plan.prefill:
             return key_states, value_states
         return self._visible(keys), self._visible(values)
+
+    def _with_room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The storage, as large as the plan asks for by now."""
+        assert self.storage is not None
+        self.updates += 1
+        keys, values = self.storage
+        self.storage = keys, values = self._grown(keys), self._grown(values)
+        # under the names by which HuggingFace's own code finds a layer's tensors
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def for_window(
+        self, heads: int, size: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, heads, capacity, D] that a native layer reads and writes itself, of
+        the dtype and device of `like`."""
+        if self.storage is None:
+            empty = like.new_empty(self.plan.batch, heads, 0, size)
+            self.lazy_initialization(empty, empty)
+        keys, values = self._with_room()
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The storage, keys and values."""
@@ -254,7 +275,12 @@ class RaggedLayer(CacheLayerMixin):
         return self.plan.view, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0 if self.plan.prefill else self.plan.view - self.plan.width
+        if self.plan.prefill:
+            return 0
+        # rows differ, so that no number is right: a model that goes by it, not by the positions
+        # that it is given, has to be far off when it is probed
+        slots = self.plan.longest_view if self.plan.handed else self.plan.view
+        return slots - self.plan.width
 
     def get_max_length(self) -> int:
         return -1
@@ -271,6 +297,14 @@ class RaggedCache(Cache):
         # called without arguments for every layer that the model turns out to have
         super().__init__(layer_class_to_replicate=partial(RaggedLayer, plan))  # type: ignore[arg-type]
         self.plan = plan
+
+    def layer(self, index: int) -> RaggedLayer:
+        """The layer of this index, made where it is not there yet."""
+        while len(self.layers) <= index:
+            self.layers.append(RaggedLayer(self.plan))
+        layer = self.layers[index]
+        assert isinstance(layer, RaggedLayer)
+        return layer
 
     def untouched_layers(self) -> list[int]:
         """Layers of the cache that no forward has written to."""

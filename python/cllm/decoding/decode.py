@@ -147,7 +147,8 @@ def jacobi_decode(
         gate = None
         if adapter is not None and (choice is None or choice.gated):
             gate = stack.enter_context(adapter.applied(model))
-        layout = choose_layout(model, traits, probed, gated=gate is not None)
+        rows = input_ids.shape[0] * _window_rows(settings, gate)
+        layout = choose_layout(model, traits, probed, rows, gated=gate is not None)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
             model,
@@ -201,9 +202,6 @@ def _start(
         vocab_size=traits.vocab_size,
         pad_token_id=pad_token_id,
     )
-    rows = settings.width
-    if gate is not None:
-        rows += settings.verify_size or settings.width
     head = None
     if noise is not None and gate is None and only_temperature(processors):
         head = fused_head(model)
@@ -211,7 +209,7 @@ def _start(
         model,
         traits,
         batch=batch,
-        slots=longest + limit - width + rows,
+        slots=longest + limit - width + _window_rows(settings, gate),
         device=input_ids.device,
         position_limit=_position_limit(traits, longest + limit - width),
         layout=layout,
@@ -244,6 +242,13 @@ def _start(
     if gate is None:
         return DecodingLoop(forward, state, settings, rules, **extra), seconds
     return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds
+
+
+def _window_rows(settings: JacobiConfig, gate: Gate | None) -> int:
+    """Rows of a forward over one window; with an adapter it stands twice."""
+    if gate is None:
+        return settings.width
+    return settings.width + (settings.verify_size or settings.width)
 
 
 def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:

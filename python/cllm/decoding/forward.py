@@ -17,8 +17,9 @@ from ..head import LanguageHead
 from ..linears import block_linears
 from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
+from .layers import decoder_layers, native_layers
 from .masks import CHUNKED, block_mask, gated_mask, window_mask
-from .support import ModelTraits, UnsupportedModelError
+from .support import ModelTraits, UnsupportedModelError, check_model
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,22 @@ class Layout:
 
     Attributes:
         right_aligned: the cache layout, see `BlockPlan`.
-        attention: "block" (attention is replaced by `attention.cllm_attention_forward` meanwhile,
+        attention: "native" (whole decoder layers are replaced by `layers.NativeLayer`), "block"
+            (attention is replaced by `attention.cllm_attention_forward` meanwhile,
             which hands block and cache to `cllm_kernels.block_attention`), "folded" (SDPA is
             replaced by the same, under masks) or "own".
     """
 
     right_aligned: bool
-    attention: Literal["block", "folded", "own"]
+    attention: Literal["native", "block", "folded", "own"]
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """What surrounds every forward: the attention, and linear layers made for few rows."""
         with ExitStack() as stack:
             stack.enter_context(block_linears(model))
+            if self.attention == "native":
+                stack.enter_context(native_layers(model, check_model(model)))
             if self.attention != "own":
                 eager = ("eager",) if self.attention == "block" else ()
                 stack.enter_context(cllm_attention(model, ("sdpa", NAME, *eager)))
@@ -53,6 +57,7 @@ class Layout:
 # Best first. A model that asks for its attention by name ("sdpa") cannot have it replaced; one that
 # reads positions off the keys' places needs them right-aligned.
 _LAYOUTS = (
+    Layout(False, "native"),
     Layout(False, "block"),
     Layout(False, "folded"),
     Layout(False, "own"),
@@ -61,6 +66,7 @@ _LAYOUTS = (
 # Where block attention comes before SDPA over masks. On a CPU the masks of a forward are made once
 # for all its layers, and SDPA reads the same keys: that measured no slower.
 block_attention_devices = {"cuda"}
+native_devices = {"cpu"}
 _chosen: weakref.WeakKeyDictionary[Any, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
 
 
@@ -100,6 +106,7 @@ class BlockForward:
             right_aligned=layout.right_aligned,
             constant_view=traits.additive_masks and layout.attention != "block",
             handed=layout.attention == "block",
+            native=layout.attention == "native",
         )
         self.cache = RaggedCache(self.plan)
         self.position_limit = position_limit
@@ -175,7 +182,7 @@ class BlockForward:
         self.plan.start_window(lengths, host_lengths, verify + width, guesses_from=verify)
         columns = torch.arange(width, device=tokens.device)
         positions = lengths[:, None] + torch.cat([columns[:verify], columns])
-        masks = {
+        masks = self.block_masks or {
             kind: gated_mask(positions, verify, self.plan.view, kind, size, self.mask_dtype)
             for kind, size in self.traits.mask_kinds.items()
         }
@@ -204,7 +211,7 @@ class BlockForward:
 
 
 def choose_layout(
-    model: Any, traits: ModelTraits, input_ids: torch.Tensor, *, gated: bool = False
+    model: Any, traits: ModelTraits, input_ids: torch.Tensor, rows: int, *, gated: bool = False
 ) -> Layout:
     """The first layout in which `model` decodes rightly; found once per model and kept.
 
@@ -214,6 +221,7 @@ def choose_layout(
 
     Args:
         input_ids: [P] tokens of a real prompt, to probe with.
+        rows: of the largest forward over a window, the whole batch's.
         gated: of the layouts that can tell verify rows from guess rows, probed with both.
 
     Raises:
@@ -221,10 +229,14 @@ def choose_layout(
     """
     known = _chosen.setdefault(model, {})
     implementation = chosen_implementation(model.config.get_text_config())
-    blocks = not gated and _block_attention_runs(traits, input_ids.device)
-    key = (implementation, model.dtype, blocks, gated)
+    fitting = set()
+    if input_ids.device.type in native_devices and decoder_layers(model, traits, rows):
+        fitting.add("native")
+    if not gated and _block_attention_runs(traits, input_ids.device):
+        fitting.add("block")
+    key = (implementation, model.dtype, frozenset(fitting), gated)
     if key not in known:
-        known[key] = _probe(model, traits, input_ids, blocks, gated)
+        known[key] = _probe(model, traits, input_ids, fitting, gated)
     return known[key]
 
 
@@ -238,7 +250,7 @@ def _block_attention_runs(traits: ModelTraits, device: torch.device) -> bool:
 
 
 def _probe(
-    model: Any, traits: ModelTraits, input_ids: torch.Tensor, blocks: bool, gated: bool
+    model: Any, traits: ModelTraits, input_ids: torch.Tensor, fitting: set[str], gated: bool
 ) -> Layout:
     if gated and traits.prefer_right_aligned:
         raise UnsupportedModelError(
@@ -254,7 +266,9 @@ def _probe(
     for layout in _LAYOUTS:
         if traits.prefer_right_aligned and not layout.right_aligned:
             continue
-        if (layout.attention == "block" and not blocks) or (gated and layout.right_aligned):
+        if layout.attention in ("native", "block") and layout.attention not in fitting:
+            continue
+        if gated and layout.right_aligned:
             continue
         try:
             with layout.applied(model):

@@ -12,7 +12,7 @@ import torch
 import cllm_kernels
 
 from ..adapter import Gate, GatedAdapter
-from .forward import BlockForward, choose_layout
+from .forward import BlockForward, Layout, choose_layout
 from .support import check_model, model_device
 
 
@@ -50,17 +50,27 @@ class ForwardClock:
         ids = torch.tensor([list(prompt)] * batch, device=model_device(model))
         self._tokens = ids
         self._lengths = torch.full((batch,), ids.shape[1] - 1, device=ids.device)
-        self._forwards = {}
-        for gated in (False, True) if adapter is not None else (False,):
-            layout = choose_layout(model, traits, ids[0], gated=gated)
+        self._room = room
+        self._traits = traits
+        self._forwards: dict[tuple[bool, Layout], BlockForward] = {}
+
+    def _forward(self, rows: int, gated: bool) -> tuple[BlockForward, Layout]:
+        """What drives forwards over windows of `rows`, with the prompt in its cache."""
+        batch, length = self._tokens.shape
+        layout = choose_layout(
+            self._model, self._traits, self._tokens[0], batch * rows, gated=gated
+        )
+        forward = self._forwards.get((gated, layout))
+        if forward is None:
             forward = BlockForward(
-                model, traits, batch=batch, slots=ids.shape[1] + room, device=ids.device,
-                position_limit=traits.context, layout=layout,
+                self._model, self._traits, batch=batch, slots=length + self._room,
+                device=self._tokens.device, position_limit=self._traits.context, layout=layout,
             )  # fmt: skip
-            with layout.applied(model):
-                if ids.shape[1] > 1:
-                    forward.prefill(ids[:, :-1], self._lengths)
-            self._forwards[gated] = forward, layout
+            with layout.applied(self._model):
+                if length > 1:
+                    forward.prefill(self._tokens[:, :-1], self._lengths)
+            self._forwards[gated, layout] = forward
+        return forward, layout
 
     def plain(self, rows: int, forwards: int) -> float:
         """Seconds of a forward over a window of `rows` tokens, the mean of so many."""
@@ -81,7 +91,7 @@ class ForwardClock:
 
     @torch.no_grad()
     def _run(self, width: int, verify: int | None, forwards: int, adapter: bool = False) -> float:
-        forward, layout = self._forwards[verify is not None]
+        forward, layout = self._forward(width + (verify or 0), verify is not None)
         columns = torch.arange(width, device=self._tokens.device) % self._tokens.shape[1]
         window = self._tokens[:, columns].contiguous()
         host_lengths = self._lengths.tolist()

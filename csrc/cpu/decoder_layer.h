@@ -1,0 +1,47 @@
+// The parts of decoder_layer that are not linear layers, compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "ops.h"
+
+namespace cllm {
+
+// One query row: the heads that share a key and value head, and the slots that they see.
+struct QueryRow {
+    const void* query;   // [groups, size]
+    void* out;           // [groups, size], written
+    const void* keys;    // slots key_slot elements apart
+    const void* values;  // slots value_slot elements apart
+    int64_t key_slot;
+    int64_t value_slot;
+    int64_t groups;
+    int64_t size;  // at most kLargestHead
+    // first and last + 1 of the committed slots and of the block's own
+    int64_t spans[2][2];
+    float scale;
+};
+
+constexpr int64_t kLargestHead = 256;
+
+struct DecoderLayerKernels {
+    // out [count] = x / rms(x) * weight, as HuggingFace rounds it; may be in place.
+    void (*rms_norm)(const void* x, const void* weight, Dtype dtype, int64_t count, float eps,
+                     void* out);
+    // out [count] = x + y
+    void (*add)(const void* x, const void* y, Dtype dtype, int64_t count, void* out);
+    // head [size] = head * cos + (-second half, first half) * sin, in place
+    void (*rotate)(void* head, const void* cos, const void* sin, Dtype dtype, int64_t size);
+    // gate [count] = silu(gate) * up, in place
+    void (*silu_multiply)(void* gate, const void* up, Dtype dtype, int64_t count);
+    // softmax(scale * q k^T) v over the slots of both spans
+    void (*attend)(const QueryRow& row, Dtype dtype);
+};
+
+extern const DecoderLayerKernels kDecoderLayerScalar;
+#if defined(__x86_64__)
+extern const DecoderLayerKernels kDecoderLayerAvx2;
+extern const DecoderLayerKernels kDecoderLayerAvx512;
+#endif
+
+}  // namespace cllm

@@ -1,0 +1,283 @@
+// decoder_layer.h over a vector type. Each decoder_layer_<isa>.cpp defines `Simd` and includes
+// this, all inside an anonymous namespace: no function here may be shared between translation units
+// that are compiled for different instruction sets.
+//
+// Arithmetic is fp32; 16-bit types are rounded where HuggingFace's modules round them, so that both
+// stay as close as sums in another order can be. What is summed in which order depends on sizes and
+// slots alone: a row has the same bits beside any other rows.
+
+using Vec = Simd::Vec;
+
+#include "exp_body.h"
+
+constexpr int64_t kWidth = Simd::kWidth;
+
+struct Float32 {
+    using Element = float;
+    static Vec load(const float* data) { return Simd::load(data); }
+    static void store(float* data, Vec x) { Simd::store(data, x); }
+    static Vec rounded(Vec x) { return x; }
+};
+struct BFloat16 {
+    using Element = uint16_t;
+    static Vec load(const uint16_t* data) { return Simd::load_bf16(data); }
+    static void store(uint16_t* data, Vec x) { Simd::store_bf16(data, x); }
+    static Vec rounded(Vec x) {
+        uint16_t bits[kWidth];
+        store(bits, x);
+        return load(bits);
+    }
+};
+struct Float16 {
+    using Element = uint16_t;
+    static Vec load(const uint16_t* data) { return Simd::load_f16(data); }
+    static void store(uint16_t* data, Vec x) { Simd::store_f16(data, x); }
+    static Vec rounded(Vec x) {
+        uint16_t bits[kWidth];
+        store(bits, x);
+        return load(bits);
+    }
+};
+
+// A vector's worth of data [left], zeros behind its end.
+template <typename Type>
+inline Vec load_some(const typename Type::Element* data, int64_t left) {
+    if (left >= kWidth) return Type::load(data);
+    typename Type::Element some[kWidth] = {};
+    __builtin_memcpy(some, data, left * sizeof some[0]);
+    return Type::load(some);
+}
+
+template <typename Type>
+inline void store_some(typename Type::Element* data, Vec x, int64_t left) {
+    if (left >= kWidth) return Type::store(data, x);
+    typename Type::Element some[kWidth];
+    Type::store(some, x);
+    __builtin_memcpy(data, some, left * sizeof some[0]);
+}
+
+template <typename Type>
+void rms_norm_of(const typename Type::Element* x, const typename Type::Element* weight,
+                 int64_t count, float eps, typename Type::Element* out) {
+    Vec sums = Simd::fill(0.0f);
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const Vec part = load_some<Type>(x + i, count - i);
+        sums = Simd::multiply_add(part, part, sums);
+    }
+    const float mean = Simd::reduce_add(sums) / static_cast<float>(count);
+    const Vec factor = Simd::fill(1.0f / __builtin_sqrtf(mean + eps));
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const Vec normed = Type::rounded(Simd::mul(load_some<Type>(x + i, count - i), factor));
+        const Vec scaled = Simd::mul(load_some<Type>(weight + i, count - i), normed);
+        store_some<Type>(out + i, scaled, count - i);
+    }
+}
+
+template <typename Type>
+void add_of(const typename Type::Element* x, const typename Type::Element* y, int64_t count,
+            typename Type::Element* out) {
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const int64_t left = count - i;
+        store_some<Type>(
+            out + i, Simd::add(load_some<Type>(x + i, left), load_some<Type>(y + i, left)), left);
+    }
+}
+
+template <typename Type>
+void rotate_of(typename Type::Element* head, const typename Type::Element* cos,
+               const typename Type::Element* sin, int64_t size) {
+    const int64_t half = size / 2;
+    const Vec zero = Simd::fill(0.0f);
+    for (int64_t i = 0; i < half; i += kWidth) {
+        const int64_t left = half - i;
+        const Vec first = load_some<Type>(head + i, left);
+        const Vec second = load_some<Type>(head + half + i, left);
+        const auto turned = [&](Vec own, Vec other, int64_t place) {
+            const Vec kept = Type::rounded(Simd::mul(own, load_some<Type>(cos + place, left)));
+            const Vec moved = Type::rounded(Simd::mul(other, load_some<Type>(sin + place, left)));
+            return Simd::add(kept, moved);
+        };
+        const Vec low = turned(first, Simd::sub(zero, second), i);
+        const Vec high = turned(second, first, half + i);
+        store_some<Type>(head + i, low, left);
+        store_some<Type>(head + half + i, high, left);
+    }
+}
+
+template <typename Type>
+void silu_multiply_of(typename Type::Element* gate, const typename Type::Element* up,
+                      int64_t count) {
+    const Vec one = Simd::fill(1.0f);
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const int64_t left = count - i;
+        const Vec x = load_some<Type>(gate + i, left);
+        // x / (1 + exp(-x)), by the exponential of what is not positive
+        const Vec fading = exp_of(Simd::sub(Simd::fill(0.0f), Simd::abs(x)));
+        const Vec numerator = Simd::select_below(x, 0.0f, fading, one);
+        const Vec sigmoid = Simd::div(numerator, Simd::add(one, fading));
+        const Vec activated = Type::rounded(Simd::mul(x, sigmoid));
+        store_some<Type>(gate + i, Simd::mul(activated, load_some<Type>(up + i, left)), left);
+    }
+}
+
+// Slots that are scored before the running maximum is looked at; tiles begin at multiples of it.
+constexpr int64_t kTile = 32;
+constexpr int kMostGroups = 4;
+
+// The softmax is taken online (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
+template <typename Type, int kGroups>
+void attend_group(const QueryRow& row, int64_t group) {
+    using Element = typename Type::Element;
+    const int64_t size = row.size, vectors = (size + kWidth - 1) / kWidth;
+    const auto* const keys = static_cast<const Element*>(row.keys);
+    const auto* const values = static_cast<const Element*>(row.values);
+    alignas(64) float query[kGroups][kLargestHead];
+    alignas(64) float sums[kGroups][kLargestHead];
+    alignas(64) float scores[kGroups][kTile];
+    float largest[kGroups], total[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+        const auto* const data = static_cast<const Element*>(row.query) + (group + g) * size;
+        for (int64_t d = 0; d < size; d += kWidth) {
+            const Vec part = load_some<Type>(data + d, size - d);
+            Simd::store(query[g] + d, Simd::mul(part, Simd::fill(row.scale)));
+            Simd::store(sums[g] + d, Simd::fill(0.0f));
+        }
+        largest[g] = -__builtin_inff();
+        total[g] = 0.0f;
+    }
+    for (const auto& span : row.spans) {
+        for (int64_t tile = span[0] / kTile * kTile; tile < span[1]; tile += kTile) {
+            const int64_t first = tile > span[0] ? tile : span[0];
+            const int64_t last = tile + kTile < span[1] ? tile + kTile : span[1];
+            const int64_t count = last - first;
+            for (int64_t j = 0; j < count; ++j) {
+                const Element* const key = keys + (first + j) * row.key_slot;
+                Vec dots[kGroups];
+                for (int g = 0; g < kGroups; ++g) dots[g] = Simd::fill(0.0f);
+                for (int64_t d = 0; d < size; d += kWidth) {
+                    const Vec part = load_some<Type>(key + d, size - d);
+                    for (int g = 0; g < kGroups; ++g) {
+                        dots[g] = Simd::multiply_add(Simd::load(query[g] + d), part, dots[g]);
+                    }
+                }
+                for (int g = 0; g < kGroups; ++g) scores[g][j] = Simd::reduce_add(dots[g]);
+            }
+            float fade[kGroups];
+            for (int g = 0; g < kGroups; ++g) {
+                for (int64_t j = count; j < kTile; ++j) scores[g][j] = -__builtin_inff();
+                Vec most = Simd::load(scores[g]);
+                for (int64_t j = kWidth; j < kTile; j += kWidth) {
+                    most = Simd::max(most, Simd::load(scores[g] + j));
+                }
+                const float best = Simd::reduce_max(most);
+                const float now = best > largest[g] ? best : largest[g];
+                // nothing but -inf so far: 0 instead, whose difference to it is no NaN
+                const float base = now == -__builtin_inff() ? 0.0f : now;
+                Vec sum = Simd::fill(0.0f);
+                for (int64_t j = 0; j < kTile; j += kWidth) {
+                    const Vec weight =
+                        exp_of(Simd::sub(Simd::load(scores[g] + j), Simd::fill(base)));
+                    Simd::store(scores[g] + j, weight);
+                    sum = Simd::add(sum, weight);
+                }
+                alignas(64) float step[kWidth];
+                Simd::store(step, exp_of(Simd::fill(largest[g] - base)));
+                fade[g] = step[0];
+                total[g] = total[g] * fade[g] + Simd::reduce_add(sum);
+                largest[g] = now;
+            }
+            for (int64_t v = 0; v < vectors; ++v) {
+                const int64_t d = v * kWidth;
+                Vec part[kGroups];
+                for (int g = 0; g < kGroups; ++g) {
+                    part[g] = Simd::mul(Simd::load(sums[g] + d), Simd::fill(fade[g]));
+                }
+                const Element* value = values + first * row.value_slot + d;
+                for (int64_t j = 0; j < count; ++j, value += row.value_slot) {
+                    const Vec entry = load_some<Type>(value, size - d);
+                    for (int g = 0; g < kGroups; ++g) {
+                        part[g] = Simd::multiply_add(Simd::fill(scores[g][j]), entry, part[g]);
+                    }
+                }
+                for (int g = 0; g < kGroups; ++g) Simd::store(sums[g] + d, part[g]);
+            }
+        }
+    }
+    for (int g = 0; g < kGroups; ++g) {
+        auto* const out = static_cast<Element*>(row.out) + (group + g) * size;
+        const Vec whole = Simd::fill(total[g]);
+        for (int64_t d = 0; d < size; d += kWidth) {
+            store_some<Type>(out + d, Simd::div(Simd::load(sums[g] + d), whole), size - d);
+        }
+    }
+}
+
+template <typename Type>
+void attend_of(const QueryRow& row) {
+    static_assert(kMostGroups == 4, "one case for every number of groups");
+    for (int64_t group = 0; group < row.groups; group += kMostGroups) {
+        switch (row.groups - group) {
+            case 1:
+                attend_group<Type, 1>(row, group);
+                break;
+            case 2:
+                attend_group<Type, 2>(row, group);
+                break;
+            case 3:
+                attend_group<Type, 3>(row, group);
+                break;
+            default:
+                attend_group<Type, 4>(row, group);
+        }
+    }
+}
+
+// Calls f with the type that `dtype` names.
+template <typename F>
+void with_type(Dtype dtype, F f) {
+    switch (dtype) {
+        case Dtype::kFloat32:
+            return f(Float32{});
+        case Dtype::kBFloat16:
+            return f(BFloat16{});
+        case Dtype::kFloat16:
+            return f(Float16{});
+    }
+}
+
+template <typename Type>
+const typename Type::Element* as(Type, const void* data) {
+    return static_cast<const typename Type::Element*>(data);
+}
+template <typename Type>
+typename Type::Element* as(Type, void* data) {
+    return static_cast<typename Type::Element*>(data);
+}
+
+void rms_norm(const void* x, const void* weight, Dtype dtype, int64_t count, float eps, void* out) {
+    with_type(dtype, [&](auto type) {
+        rms_norm_of<decltype(type)>(as(type, x), as(type, weight), count, eps, as(type, out));
+    });
+}
+
+void add(const void* x, const void* y, Dtype dtype, int64_t count, void* out) {
+    with_type(dtype, [&](auto type) {
+        add_of<decltype(type)>(as(type, x), as(type, y), count, as(type, out));
+    });
+}
+
+void rotate(void* head, const void* cos, const void* sin, Dtype dtype, int64_t size) {
+    with_type(dtype, [&](auto type) {
+        rotate_of<decltype(type)>(as(type, head), as(type, cos), as(type, sin), size);
+    });
+}
+
+void silu_multiply(void* gate, const void* up, Dtype dtype, int64_t count) {
+    with_type(dtype, [&](auto type) {
+        silu_multiply_of<decltype(type)>(as(type, gate), as(type, up), count);
+    });
+}
+
+void attend(const QueryRow& row, Dtype dtype) {
+    with_type(dtype, [&](auto type) { attend_of<decltype(type)>(row); });
+}

@@ -1,0 +1,215 @@
+"""Whole decoder layers through `cllm_kernels.decoder_layer`, where a model has such layers.
+
+On a CPU a forward of few rows spends half of its time between its matrix products: in small
+operations, each of them too short to be worth its call. A layer of the Llama kind is one native
+call here. The model's own forward stays around it: embedding, rotary table, final norm, head, and
+every hook on the model; only `forward` of its decoder layers is another one meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import cllm_kernels
+from cllm_kernels import DecoderWeights, current_backend
+from cllm_kernels.decoder_layer import OP
+
+from ..linears import MOST_ROWS, active_terms, fusable
+from .cache import RaggedCache
+from .masks import CHUNKED
+from .support import ModelTraits
+
+# transformers' families whose decoder layer is that of `decoder_layer`, by the modules' own names:
+# a subclass may do anything, and what a family does otherwise (Gemma's norms, Phi's fused
+# projections) is left to its own forward.
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_ACTIVATIONS = ("SiLU", "SiLUActivation")
+_LINEARS = (
+    ("self_attn", "q_proj"),
+    ("self_attn", "k_proj"),
+    ("self_attn", "v_proj"),
+    ("self_attn", "o_proj"),
+    ("mlp", "gate_proj"),
+    ("mlp", "up_proj"),
+    ("mlp", "down_proj"),
+)
+
+_lock = threading.Lock()
+# layers whose forward is replaced right now -> by how many calls
+_users: dict[torch.nn.Module, int] = {}
+
+
+def decoder_layers(model: Any, traits: ModelTraits, rows: int) -> list[torch.nn.Module] | None:
+    """The decoder layers of `model`, if `decoder_layer` can stand for all of them on the CPU.
+
+    Args:
+        rows: of a forward, batch times window; more than `MOST_ROWS` are torch's matter.
+    """
+    if rows > MOST_ROWS or model.training:
+        return None
+    if OP.choose(torch.device("cpu"), current_backend()) != "cpp" or torch.is_autocast_enabled(
+        "cpu"
+    ):
+        return None
+    if CHUNKED in traits.mask_kinds or traits.additive_masks:
+        return None
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    inner = getattr(model, "model", None)
+    if family not in _FAMILIES or not _is(model, family, "ForCausalLM"):
+        return None
+    if not _is(inner, family, "Model"):
+        return None
+    found = list(inner.layers)  # type: ignore[union-attr]
+    return found if all(_known(layer, family, traits) for layer in found) else None
+
+
+def _is(module: Any, family: str, kind: str) -> bool:
+    """Whether `module` is of transformers' own class of this name."""
+    package = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    return (type(module).__module__, type(module).__name__) == (package, family + kind)
+
+
+def _known(layer: Any, family: str, traits: ModelTraits) -> bool:
+    """Whether `layer` is made of the very modules that `decoder_layer` computes, none of them with
+    a hook or somebody else's forward."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
+    expected = [(layer, "DecoderLayer"), (attention, "Attention"), (mlp, "MLP")]
+    expected += [(norm, "RMSNorm") for norm in norms]
+    if not all(_is(module, family, kind) for module, kind in expected):
+        return False
+    linears = [getattr(getattr(layer, part), name, None) for part, name in _LINEARS]
+    if not all(linear is not None and fusable(linear) for linear in linears):
+        return False
+    assert attention is not None and mlp is not None
+    activation = getattr(mlp, "act_fn", None)
+    if type(activation).__name__ not in _ACTIVATIONS:
+        return False
+    if len({norm.variance_epsilon for norm in norms}) > 1:
+        return False
+    if not (2 <= attention.head_dim <= 256 and attention.head_dim % 2 == 0):
+        return False
+    kind = getattr(layer, "attention_type", None)
+    if len(traits.mask_kinds) > 1 and kind not in traits.mask_kinds:
+        return False
+    return all(_untouched(module) for module in layer.modules())
+
+
+def _untouched(module: Any) -> bool:
+    own = "forward" not in module.__dict__ or module in _users or fusable(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return own and not any(getattr(module, name) for name in hooks)
+
+
+@contextmanager
+def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
+    """Let the decoder layers of `model` run as `decoder_layer` over the windows of a `RaggedCache`,
+    for a while. Prompts, and forwards without such a cache, go through the layers' own forward.
+
+    The last concurrent call to leave puts the layers' own forward back.
+    """
+    layers = list(model.model.layers)
+    with _lock:
+        for index, layer in enumerate(layers):
+            if layer not in _users:
+                layer.forward = NativeLayer(layer, index, _window(layer, traits)).forward
+            _users[layer] = _users.get(layer, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for layer in layers:
+                _users[layer] -= 1
+                if not _users[layer]:
+                    del _users[layer]
+                    del layer.forward
+
+
+def _window(layer: Any, traits: ModelTraits) -> int | None:
+    """Positions that a query of the layer sees, or None: all before it."""
+    if len(traits.mask_kinds) == 1:
+        return next(iter(traits.mask_kinds.values()))
+    return traits.mask_kinds[layer.attention_type]
+
+
+class NativeLayer:
+    """A decoder layer, the tensors it is made of, and the forward that takes its place."""
+
+    def __init__(self, layer: Any, index: int, window: int | None):
+        self.own: Callable[..., Any] = layer.forward
+        self.layer = layer
+        self.index = index
+        self.window = window
+        self.linears = [getattr(getattr(layer, part), name) for part, name in _LINEARS]
+        self.eps = layer.input_layernorm.variance_epsilon
+        # by the terms that the weights hold; None: no term at all
+        self._weights: dict[Any, DecoderWeights] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [B, n, H] -> the same, as the layer's own forward."""
+        cache = kwargs.get("cache")
+        if cache is None:
+            cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RaggedCache) or cache.plan.prefill or not cache.plan.native:
+            return self.own(hidden_states, *args, **kwargs)
+        plan = cache.plan
+        cos, sin = kwargs["position_embeddings"]
+        weights, gated_from = self._with_terms(hidden_states.shape[:2])
+        layer = cache.layer(self.index)
+        keys, values = layer.for_window(weights.kv_heads, weights.head_size, hidden_states)
+        return cllm_kernels.decoder_layer(
+            hidden_states,
+            weights,
+            cos,
+            sin,
+            keys,
+            values,
+            plan.lengths,
+            eps=self.eps,
+            scale=self.layer.self_attn.scaling,
+            window=self.window,
+            guesses_from=plan.guesses_from,
+            gated_from=gated_from,
+        )
+
+    def _with_terms(self, shape: torch.Size) -> tuple[DecoderWeights, int | None]:
+        """The weights with the low-rank terms of this thread's forward, and the first row that
+        gets those."""
+        terms, rows = active_terms(self.linears)
+        if rows is not None and rows[1:] != tuple(shape):
+            raise RuntimeError(
+                f"an adapter is on for forwards over [{rows[1]}, {rows[2]}] tokens, but a decoder "
+                f"layer was given {list(shape)}"
+            )
+        weights = self._weights.get(terms)
+        if weights is None:
+            weights = self._weights[terms] = self._made(terms)
+        return weights, None if rows is None else rows[0]
+
+    def _made(self, terms: tuple[Any, ...]) -> DecoderWeights:
+        layer, attention = self.layer, self.layer.self_attn
+
+        def norm(module: Any) -> torch.Tensor | None:
+            return None if module is None else module.weight.detach()
+
+        attention_norm = norm(layer.input_layernorm)
+        mlp_norm = norm(layer.post_attention_layernorm)
+        assert attention_norm is not None and mlp_norm is not None
+        return DecoderWeights(
+            *(linear.weight.detach().contiguous() for linear in self.linears),
+            attention_norm=attention_norm,
+            mlp_norm=mlp_norm,
+            head_size=attention.head_dim,
+            query_norm=norm(getattr(attention, "q_norm", None)),
+            key_norm=norm(getattr(attention, "k_norm", None)),
+            biases=[
+                None if linear.bias is None else linear.bias.detach() for linear in self.linears
+            ],
+            low_rank=[None if term is None else term.low_rank for term in terms],
+        )

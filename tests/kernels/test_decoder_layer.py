@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+
+import cllm_kernels
+from cllm_kernels import DecoderWeights
+from cllm_kernels.decoder_layer import OP
+from cllm_kernels.decoder_layer.weights import LINEARS, from_plain, plain_tensors
+from tests.kernels.backends import everywhere, running
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# hidden size, MLP size, query heads, key heads, head size, and whether the heads have norms, the
+# linear layers biases, and low-rank terms of which rank
+MODELS = {
+    "whole vectors": (64, 96, 6, 2, 32, False, False, 0),
+    "rests everywhere": (40, 50, 5, 1, 10, False, True, 3),
+    "norms of the heads": (32, 48, 4, 4, 8, True, False, 32),
+    "more heads than one piece": (48, 33, 14, 2, 16, True, True, 5),
+}
+NAN = float("nan")
+
+
+def make_weights(model, dtype, device="cpu", seed=0):
+    hidden, inner, heads, kv_heads, size, norms, biases, rank = model
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape, scale=1.0, around=0.0):
+        return (around + scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+
+    shapes = [(heads * size, hidden), *[(kv_heads * size, hidden)] * 2, (hidden, heads * size)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    return DecoderWeights(
+        *(random(*shape, scale=shape[1] ** -0.5) for shape in shapes),
+        attention_norm=random(hidden, scale=0.1, around=1.0),
+        mlp_norm=random(hidden, scale=0.1, around=1.0),
+        head_size=size,
+        query_norm=random(size, scale=0.1, around=1.0) if norms else None,
+        key_norm=random(size, scale=0.1, around=1.0) if norms else None,
+        biases=[random(shape[0], scale=0.3) for shape in shapes] if biases else (),
+        low_rank=[
+            (random(rank, shape[1], scale=shape[1] ** -0.5), random(shape[0], rank, scale=0.2))
+            for shape in shapes
+        ]
+        if rank
+        else (),
+    )
+
+
+def make_block(weights, lengths, n, capacity, seed=1, device="cpu"):
+    """hidden, cos, sin, both caches and lengths; the caches hold NaN where no token stands."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, batch = weights.query.dtype, len(lengths)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    caches = []
+    for _ in "kv":
+        storage = random(batch, capacity, weights.kv_heads, weights.head_size)
+        for row, length in enumerate(lengths):
+            storage[row, length:] = NAN
+        caches.append(storage.transpose(1, 2))
+    rotary = random(batch, n, weights.head_size), random(batch, n, weights.head_size)
+    hidden = random(batch, n, weights.hidden_size)
+    return hidden, *rotary, *caches, torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+def exact(hidden, weights, cos, sin, k_cache, v_cache, lengths, *, window, guesses, gated):
+    """In fp64, one token after the other, with what each sees in a list."""
+    hidden, cos, sin = (tensor.cpu().double() for tensor in (hidden, cos, sin))
+    caches = k_cache.cpu().double(), v_cache.cpu().double()
+    size, eps = weights.head_size, 1e-5
+    groups = weights.heads // weights.kv_heads
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.cpu().double()
+
+    def project(name, x, token):
+        index = LINEARS.index(name)
+        out = weights.linears[index].cpu().double() @ x
+        if weights.biases[index] is not None:
+            out = out + weights.biases[index].cpu().double()
+        if weights.low_rank[index] is not None and token >= gated:
+            a, b = (tensor.cpu().double() for tensor in weights.low_rank[index])
+            out = out + b @ (a @ x)
+        return out
+
+    def turned(x, row, token):
+        half = torch.cat([-x[:, size // 2 :], x[:, : size // 2]], dim=1)
+        return x * cos[row, token] + half * sin[row, token]
+
+    out = torch.empty_like(hidden)
+    for row in range(hidden.shape[0]):
+        length = int(lengths[row])
+        keys, values = [], []
+        for token in range(hidden.shape[1]):
+            residual = hidden[row, token]
+            x = norm(residual, weights.attention_norm)
+            q = project("query", x, token).view(-1, size)
+            k = project("key", x, token).view(-1, size)
+            if weights.query_norm is not None:
+                q, k = norm(q, weights.query_norm), norm(k, weights.key_norm)
+            keys.append(turned(k, row, token))
+            values.append(project("value", x, token).view(-1, size))
+            first = guesses if token >= guesses else 0
+            position = length + token - first
+            seen = [(slot, *(cache[row, :, slot] for cache in caches)) for slot in range(length)]
+            seen += [(length + i - first, keys[i], values[i]) for i in range(first, token + 1)]
+            seen = [one for one in seen if window is None or one[0] > position - window]
+            k_seen = torch.stack([one[1] for one in seen]).repeat_interleave(groups, dim=1)
+            v_seen = torch.stack([one[2] for one in seen]).repeat_interleave(groups, dim=1)
+            scores = torch.einsum("hd,shd->hs", turned(q, row, token), k_seen) * size**-0.5
+            mixed = torch.einsum("hs,shd->hd", scores.softmax(-1), v_seen).flatten()
+            residual = residual + project("output", mixed, token)
+            x = norm(residual, weights.mlp_norm)
+            x = silu(project("gate", x, token)) * project("up", x, token)
+            out[row, token] = residual + project("down", x, token)
+    return out
+
+
+def check(found, wanted):
+    """fp32 within its rounding; 16-bit types within a few roundings of every step."""
+    bound = {torch.float32: 2e-5, torch.bfloat16: 0.04, torch.float16: 5e-3}[found.dtype]
+    error = (found.cpu().double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert error.max() < bound
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_against_fp64(backend, device, model, dtype):
+    weights = make_weights(model, dtype, device)
+    for window, guesses in ((None, None), (5, None), (None, 3), (5, 2), (1, 0)):
+        block = make_block(weights, [40, 0, 3], 7, 64, device=device)
+        gated = 7 if guesses is None else guesses
+        found_in = [tensor.clone(memory_format=torch.preserve_format) for tensor in block]
+        with running(OP, backend, device):
+            found = cllm_kernels.decoder_layer(
+                found_in[0],
+                weights,
+                *found_in[1:],
+                eps=1e-5,
+                window=window,
+                guesses_from=guesses,
+                gated_from=gated,
+            )
+        wanted = exact(
+            block[0],
+            weights,
+            *block[1:],
+            window=window,
+            guesses=7 if guesses is None else guesses,
+            gated=gated,
+        )
+        check(found, wanted)
+        for before, after in ((block[3], found_in[3]), (block[4], found_in[4])):
+            for row, length in enumerate((40, 0, 3)):  # the block's slots, and no other
+                written = after[row, :, length : length + 7]
+                assert written.isfinite().all()
+                assert torch.equal(after[row, :, :length], before[row, :, :length])
+                assert after[row, :, length + 7 :].isnan().all()
+
+
+@everywhere(OP)
+def test_one_rotary_table_for_all_rows(backend, device):
+    weights = make_weights(MODELS["whole vectors"], torch.float32, device)
+    hidden, cos, sin, keys, values, lengths = make_block(weights, [9, 9], 4, 16, device=device)
+    outs = []
+    with running(OP, backend, device):
+        for table in (
+            (cos[:1].contiguous(), sin[:1].contiguous()),
+            (cos[:1].expand(2, -1, -1).contiguous(), sin[:1].expand(2, -1, -1).contiguous()),
+        ):
+            caches = keys.clone(), values.clone()
+            outs.append(
+                cllm_kernels.decoder_layer(hidden, weights, *table, *caches, lengths, eps=1e-5)
+            )
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_rows_bits_are_its_own(dtype, data):
+    """Beside other rows, in smaller blocks, by other threads, with NaN among the guess rows."""
+    if OP.choose(torch.device("cpu"), "auto") != "cpp":
+        pytest.skip("no C++ kernels")
+    model = data.draw(st.sampled_from(list(MODELS.values())), "model")
+    lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3), "lengths")
+    n, window = data.draw(st.integers(1, 9), "n"), data.draw(st.sampled_from([None, 6]), "window")
+    weights = make_weights(model, dtype)
+    block = make_block(weights, lengths, n, 96)
+    options = {"eps": 1e-5, "window": window, "gated_from": n}
+
+    def run(hidden, cos, sin, keys, values, lengths, **changes):
+        caches = (cache.clone(memory_format=torch.preserve_format) for cache in (keys, values))
+        return cllm_kernels.decoder_layer(
+            hidden, weights, cos, sin, *caches, lengths, **options | changes
+        )
+
+    whole = run(*block)
+    row = data.draw(st.integers(0, len(lengths) - 1), "row")
+    alone = run(*(tensor[row : row + 1] for tensor in block))
+    assert torch.equal(alone[0], whole[row])
+    fewer = data.draw(st.integers(1, n), "fewer")
+    short = [tensor[:, :fewer].contiguous() for tensor in block[:3]]
+    assert torch.equal(run(*short, *block[3:], gated_from=fewer), whole[:, :fewer])
+    # the block as verify rows, with garbage for guess rows
+    twice = [torch.cat([tensor, tensor.flip(1)], dim=1) for tensor in block[:3]]
+    twice[0][:, n:] *= data.draw(st.sampled_from([1.0, 1e30, NAN]), "garbage")
+    gated = run(*twice, *block[3:], guesses_from=n, gated_from=n)
+    assert torch.equal(gated[:, :n], whole)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(data.draw(st.integers(1, 4), "threads"))
+        assert torch.equal(run(*block), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """In a process of its own each: the choice is made once. A wish can only lower it."""
+    if OP.unavailable("cpp", torch.device("cpu")) is not None:
+        pytest.skip("no C++ kernels")
+    names = ("test_against_fp64", "test_a_rows_bits_are_its_own")
+    tests = [f"{__file__}::{name}" for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not cuda"],
+        env={**os.environ, "CLLM_KERNELS_ISA": isa, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@everywhere(OP)
+def test_nothing_to_do(backend, device):
+    weights = make_weights(MODELS["whole vectors"], torch.float32, device)
+    with running(OP, backend, device):
+        for lengths, n in (([], 3), ([4], 0)):
+            block = make_block(weights, lengths, n, 8, device=device)
+            out = cllm_kernels.decoder_layer(block[0], weights, *block[1:], eps=1e-5)
+            assert out.shape == (len(lengths), n, 64)
+
+
+@everywhere(OP)
+def test_a_block_that_does_not_fit_names_its_row(backend, device):
+    weights = make_weights(MODELS["whole vectors"], torch.float32, device)
+    block = make_block(weights, [2, 6], 4, 9, device=device)
+    with running(OP, backend, device), pytest.raises(ValueError, match=r"lengths\[1\] = 6 and a "):
+        cllm_kernels.decoder_layer(block[0], weights, *block[1:], eps=1e-5)
+
+
+def test_opcheck_and_the_list_of_tensors():
+    for model in MODELS.values():
+        weights = make_weights(model, torch.float32)
+        again = from_plain(plain_tensors(weights), weights.head_size)
+        assert again.addresses == weights.addresses and again.ranks == weights.ranks
+    block = make_block(weights, [5, 2], 3, 16)
+    torch.library.opcheck(
+        torch.ops.cllm_kernels.decoder_layer.default,
+        (block[0], plain_tensors(weights), weights.head_size, *block[1:], 0.25, 1e-5, 4, 3, 0),
+    )
+
+
+def test_gradients_are_refused():
+    weights = make_weights(MODELS["whole vectors"], torch.float32)
+    block = make_block(weights, [5], 3, 16)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        cllm_kernels.decoder_layer(block[0].requires_grad_(), weights, *block[1:], eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden": torch.zeros(1, 3, 60)}, ValueError, r"hidden must be \[B, n, 64\]"),
+        ({"cos": torch.zeros(1, 2, 32)}, ValueError, r"cos must be \[1, 3, 32\]"),
+        ({"sin": torch.zeros(1, 3, 32).half()}, TypeError, "sin must be float32, not float16"),
+        ({"k_cache": torch.zeros(1, 3, 16, 32)}, ValueError, r"k_cache must be \[1, 2, 16, 32\]"),
+        ({"k_cache": torch.zeros(1, 2, 2, 32)}, ValueError, "3 tokens .* do not fit the 2 slots"),
+        ({"lengths": torch.zeros(1)}, TypeError, "lengths must be int64, not float32"),
+        ({"lengths": torch.zeros(2).long()}, ValueError, r"lengths must be \[1\]"),
+        ({"hidden": torch.zeros(1, 64, 3).transpose(1, 2)}, ValueError, "hidden .* contiguous"),
+        ({"window": 0}, ValueError, "window must be at least 1 or None, not 0"),
+        ({"guesses_from": 4}, ValueError, "guesses_from must be from 0 to n = 3, not 4"),
+        ({"gated_from": -1}, ValueError, "gated_from must be from 0 to n = 3, not -1"),
+        ({"eps": -1.0}, ValueError, "eps >= 0"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    weights = make_weights(MODELS["whole vectors"], torch.float32)
+    names = ("hidden", "cos", "sin", "k_cache", "v_cache", "lengths")
+    block = dict(zip(names, make_block(weights, [5], 3, 16), strict=True))
+    if "k_cache" in changes:
+        block["v_cache"] = changes["k_cache"]
+    with pytest.raises(error, match=message):
+        cllm_kernels.decoder_layer(**{"weights": weights, "eps": 1e-5} | block | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key": torch.zeros(65, 64)}, ValueError, "rows of query and 65 of key must be multiples"),
+        ({"key": torch.zeros(128, 64)}, ValueError, "6 query heads are no multiple of 4 key heads"),
+        ({"down": torch.zeros(64, 95)}, ValueError, r"down must be \[64, 96\]"),
+        ({"up": torch.zeros(96, 64).double()}, TypeError, "up is float64 but query is float32"),
+        ({"gate": torch.zeros(64, 96).t()}, ValueError, "gate .* must be contiguous"),
+        ({"query_norm": torch.ones(32)}, ValueError, "both or not"),
+        ({"head_size": 33}, ValueError, "head_size must be even"),
+        ({"biases": (None,)}, ValueError, "biases must have 7 entries"),
+        ({"mlp_norm": torch.ones(64, device="meta")}, ValueError, "mlp_norm is on meta"),
+        (
+            {"low_rank": [(torch.zeros(3, 64), torch.zeros(192, 4)), *[None] * 6]},
+            ValueError,
+            r"low_rank\[0\] \(query\) must be \[192, 3\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        replace(make_weights(MODELS["whole vectors"], torch.float32), **changes)
