@@ -21,6 +21,8 @@ MARKERS = tuple(
     for text in ("begin (written by benchmarks/adapter/report.py)", "end")
 )
 CURVE = "adapter_curve"  # of benchmarks/training/curves.py
+ABLATION = "adapter_ablation"  # the same, a run for each choice
+TRAINING = "adapter_training_cost"
 _MIB = 2**20
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,6 +36,12 @@ def section(results: Path) -> str:
     curve = record(results, CURVE)
     if curve is not None:
         lines += training_section(curve)
+    ablation = record(results, ABLATION)
+    if ablation is not None:
+        lines += ablation_section(ablation)
+    training = record(results, TRAINING)
+    if training is not None:
+        lines += training_cost_section(training)
     costs = {dtype: record(results, f"gate_cost_{dtype}") for dtype in _DTYPES}
     lines += cost_section({dtype: one for dtype, one in costs.items() if one is not None})
     return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
@@ -129,6 +137,55 @@ def training_section(found: dict[str, Any]) -> list[str]:
         *lines,
         "",
         "Tokens per forward of the trainer's own few held-out prompts, with nothing looked up:",
+        "",
+        *table(head, rows),
+    ]
+
+
+def ablation_section(found: dict[str, Any]) -> list[str]:
+    """What one choice does to the last evaluation of a short run."""
+    rows = []
+    for name, run in found["runs"].items():
+        settings, point = run["settings"], run["evaluations"][-1]
+        rows.append(
+            [
+                name, settings["divergence"], str(settings["lora_r"]), settings["sampling"],
+                f"{point['noisy_tokens']:,.0f}", f"{run['seconds']:,.0f} s",
+                f"{point['tokens_per_forward']:.2f}",
+            ]
+        )  # fmt: skip
+    head = [
+        "run", "divergence", "rank", "sampling", "noisy tokens", "time", "tokens per forward",
+    ]  # fmt: skip
+    return [
+        "### One choice at a time",
+        "",
+        source(found, ABLATION),
+        "Short runs from a new adapter, alike but for what the first column says; tokens per "
+        "forward of the trainer's own few held-out prompts at the end, with nothing looked up.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def training_cost_section(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, run in found["runs"].items():
+        rows.append(
+            [
+                name, f"{run['seconds'] / run['steps']:.2f} s",
+                f"{run['noisy_tokens'] / run['seconds']:,.0f}",
+                f"{run['peak_bytes'] / 2**30:.2f} GiB",
+            ]
+        )  # fmt: skip
+    head = ["trained", "a step", "noisy tokens a second", "most memory of the process"]
+    return [
+        "### Beside training the whole model",
+        "",
+        source(found, TRAINING)
+        + f" {found['base']}, {found['dtype']}, {next(iter(found['runs'].values()))['steps']} "
+        "steps of one response each. The noisy states differ: those of the adapter are windows "
+        "that it visits, those of the whole model one state of every block.",
         "",
         *table(head, rows),
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 OPS = (
     *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax"),
-    *("block_attention", "block_linear", "linear_consistency_loss"),
+    *("block_attention", "block_linear", "decoder_layer", "linear_consistency_loss"),
 )
 
 

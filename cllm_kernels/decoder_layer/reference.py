@@ -25,7 +25,7 @@ def decoder_layer(
     gated_from: int,
 ) -> Tensor:
     """[B, n, H], every step a tensor of the dtype of `hidden`, as in HuggingFace's modules."""
-    batch, n, _ = hidden.shape
+    n = hidden.shape[1]
     _check_room(lengths, n, k_cache)
 
     def project(index: int, x: Tensor) -> Tensor:  # [B, n, width] -> [B, n, rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,8 +117,8 @@ class DecoderWeights:
         """Name, tensor and the shape it must have, of every tensor there is."""
         hidden, inner = self.query.shape[1], self.gate.shape[0]
         heads, keys = self.query.shape[0], self.key.shape[0]
-        shapes = ((heads, hidden), (keys, hidden), (keys, hidden), (hidden, heads))
-        shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
+        shapes = [(heads, hidden), (keys, hidden), (keys, hidden), (hidden, heads)]
+        shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
         expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
             ("attention_norm", self.attention_norm, (hidden,)),
             ("mlp_norm", self.mlp_norm, (hidden,)),
@@ -183,10 +184,10 @@ def from_plain(tensors: Sequence[Tensor | None], head_size: int) -> DecoderWeigh
         for a, b in zip(flat[::2], flat[1::2], strict=True)
     ]
     attention_norm, mlp_norm, query_norm, key_norm = tensors[4 * count :]
+    there: dict[str, Any] = dict(zip(LINEARS, linears, strict=True))
+    there |= {"attention_norm": attention_norm, "mlp_norm": mlp_norm}
     return DecoderWeights(
-        *linears,  # type: ignore[arg-type]
-        attention_norm=attention_norm,  # type: ignore[arg-type]
-        mlp_norm=mlp_norm,  # type: ignore[arg-type]
+        **there,
         head_size=head_size,
         query_norm=query_norm,
         key_norm=key_norm,

@@ -47,6 +47,11 @@ def block_linear() -> Iterator[Launch]:
     yield from ()
 
 
+def decoder_layer() -> Iterator[Launch]:
+    """The reference on a GPU: nothing of ours is launched."""
+    yield from ()
+
+
 def linear_argmax() -> Iterator[Launch]:
     for dtype in DTYPES:
         for rows in (1, 19, 70):
@@ -148,6 +153,7 @@ LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "row_argmax": row_argmax,
     "gumbel_noise": gumbel_noise,
     "block_linear": block_linear,
+    "decoder_layer": decoder_layer,
     "linear_argmax": linear_argmax,
     "jacobi_step": jacobi_step,
     "block_attention": block_attention,

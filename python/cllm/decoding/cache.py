@@ -306,6 +306,12 @@ class RaggedCache(Cache):
         assert isinstance(layer, RaggedLayer)
         return layer
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' storage."""
+        stored = [layer.stored() for layer in self.layers if isinstance(layer, RaggedLayer)]
+        return sum(tensor.nbytes for pair in stored for tensor in pair)
+
     def untouched_layers(self) -> list[int]:
         """Layers of the cache that no forward has written to."""
         return [

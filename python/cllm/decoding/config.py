@@ -9,6 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
+Compile = Literal["graph"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 
@@ -52,6 +53,9 @@ class JacobiConfig:
             guesses an adapter makes (`cllm.GatedAdapter`): such a forward has v + n rows, and
             commits v tokens at most. Fewer than ``n`` in sliding mode only. ``None``: ``n``.
             Without an adapter there is nothing to set.
+        compile: ``"graph"`` captures the forward over a window in a CUDA graph and replays it, see
+            `cllm.decoding.graphs`; a model keeps its captures for further calls. ``None``: every
+            forward is launched kernel by kernel.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -68,6 +72,7 @@ class JacobiConfig:
     lookup: int | None = None
     lookup_least: int | None = None
     pool: bool | None = None
+    compile: Compile | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -97,6 +102,8 @@ class JacobiConfig:
             problems.append(f"pool must be None, True or False, not {pool!r}")
         elif pool and self.mode == "block":
             problems.append("pool=True needs mode='sliding': a block keeps its own guesses")
+        if self.compile is not None and self.compile not in get_args(Compile):
+            problems.append(f"compile must be None or 'graph', not {self.compile!r}")
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
             problems.append(f"record_trajectories must be True or False, not {record!r}")
@@ -133,6 +140,8 @@ class JacobiConfig:
             problems.append("block_size='auto' needs mode='sliding'")
         if self.accept != "all":
             problems.append("block_size='auto' needs accept='all': one token a forward has no best")
+        if self.compile is not None:
+            problems.append("block_size='auto' times forwards without a graph; leave compile None")
         if self.verify_size is not None:
             problems.append("block_size='auto' chooses verify_size, too; leave it None")
         return problems

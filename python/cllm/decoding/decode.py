@@ -17,9 +17,10 @@ from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
 from .auto import choose
 from .checks import check_inputs, check_options, check_verify_size
-from .config import AUTO, Accept, BlockSize, JacobiConfig, Mode
+from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedLoop
+from .graphs import graphed_forward
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowState
 from .output import JacobiOutput
@@ -50,6 +51,7 @@ def jacobi_decode(
     lookup: int | None = None,
     lookup_least: int | None = None,
     pool: bool | None = None,
+    compile: Compile | None = None,
     adapter: Any = None,
     generator: torch.Generator | None = None,
     row_ids: Sequence[int] | torch.Tensor | None = None,
@@ -99,6 +101,7 @@ def jacobi_decode(
         lookup=lookup,
         lookup_least=lookup_least,
         pool=pool,
+        compile=compile,
     )
     check_verify_size(settings, adapter)
     if generation_config is None:
@@ -147,8 +150,8 @@ def jacobi_decode(
         gate = None
         if adapter is not None and (choice is None or choice.gated):
             gate = stack.enter_context(adapter.applied(model))
-        rows = input_ids.shape[0] * _window_rows(settings, gate)
-        layout = choose_layout(model, traits, probed, rows, gated=gate is not None)
+        most = input_ids.shape[0] * _window_rows(settings, gate)
+        layout = choose_layout(model, traits, probed, most, gated=gate is not None)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
             model,
@@ -164,6 +167,8 @@ def jacobi_decode(
             noise=noise,
             streamer=token_streamer,
             gate=gate,
+            adapter=adapter,
+            stack=stack,
         )
         loop.run()
         if choice is not None:
@@ -186,6 +191,8 @@ def _start(
     noise: SamplingNoise | None,
     streamer: Any,
     gate: Gate | None,
+    adapter: Any,
+    stack: ExitStack,
 ) -> tuple[DecodingLoop, float]:
     batch, width = input_ids.shape
     longest = int(lengths.max())
@@ -205,9 +212,7 @@ def _start(
     head = None
     if noise is not None and gate is None and only_temperature(processors):
         head = fused_head(model)
-    forward = BlockForward(
-        model,
-        traits,
+    shape: dict[str, Any] = dict(
         batch=batch,
         slots=longest + limit - width + _window_rows(settings, gate),
         device=input_ids.device,
@@ -215,6 +220,11 @@ def _start(
         layout=layout,
         head=head,
     )
+    if settings.compile is None:
+        forward = BlockForward(model, traits, **shape)
+    else:
+        owner = None if gate is None else adapter
+        forward = stack.enter_context(graphed_forward(model, traits, **shape, adapter=owner))
     if streamer is not None:
         if batch > 1:
             raise ValueError(

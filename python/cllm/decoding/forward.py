@@ -82,6 +82,7 @@ class BlockForward:
             end of the text would be.
         layout: of `choose_layout`; its `applied` context must surround every forward.
         head: windows give the hidden states that it makes logits of, instead of logits.
+        fixed: the cache has its full size from the start, so that nothing ever changes its shape.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class BlockForward:
         position_limit: int | None,
         layout: Layout,
         head: LanguageHead | None = None,
+        fixed: bool = False,
     ):
         self.model = model
         self.head = head
@@ -104,7 +106,7 @@ class BlockForward:
             slots,
             device,
             right_aligned=layout.right_aligned,
-            constant_view=traits.additive_masks and layout.attention != "block",
+            constant_view=fixed or (traits.additive_masks and layout.attention != "block"),
             handed=layout.attention == "block",
             native=layout.attention == "native",
         )

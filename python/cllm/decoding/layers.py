@@ -18,6 +18,7 @@ import torch
 import cllm_kernels
 from cllm_kernels import DecoderWeights, current_backend
 from cllm_kernels.decoder_layer import OP
+from cllm_kernels.decoder_layer.weights import LINEARS
 
 from ..linears import MOST_ROWS, active_terms, fusable
 from .cache import RaggedCache
@@ -78,7 +79,8 @@ def _known(layer: Any, family: str, traits: ModelTraits) -> bool:
     """Whether `layer` is made of the very modules that `decoder_layer` computes, none of them with
     a hook or somebody else's forward."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    names = ("input_layernorm", "post_attention_layernorm")
+    norms: list[Any] = [getattr(layer, name, None) for name in names]
     norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
     expected = [(layer, "DecoderLayer"), (attention, "Attention"), (mlp, "MLP")]
     expected += [(norm, "RMSNorm") for norm in norms]
@@ -159,6 +161,7 @@ class NativeLayer:
         if not isinstance(cache, RaggedCache) or cache.plan.prefill or not cache.plan.native:
             return self.own(hidden_states, *args, **kwargs)
         plan = cache.plan
+        assert plan.lengths is not None
         cos, sin = kwargs["position_embeddings"]
         weights, gated_from = self._with_terms(hidden_states.shape[:2])
         layer = cache.layer(self.index)
@@ -198,13 +201,13 @@ class NativeLayer:
         def norm(module: Any) -> torch.Tensor | None:
             return None if module is None else module.weight.detach()
 
-        attention_norm = norm(layer.input_layernorm)
-        mlp_norm = norm(layer.post_attention_layernorm)
-        assert attention_norm is not None and mlp_norm is not None
+        weights: dict[str, Any] = {
+            name: linear.weight.detach() for name, linear in zip(LINEARS, self.linears, strict=True)
+        }
         return DecoderWeights(
-            *(linear.weight.detach().contiguous() for linear in self.linears),
-            attention_norm=attention_norm,
-            mlp_norm=mlp_norm,
+            **weights,
+            attention_norm=layer.input_layernorm.weight.detach(),
+            mlp_norm=layer.post_attention_layernorm.weight.detach(),
             head_size=attention.head_dim,
             query_norm=norm(getattr(attention, "q_norm", None)),
             key_norm=norm(getattr(attention, "k_norm", None)),

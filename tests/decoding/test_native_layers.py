@@ -1,0 +1,199 @@
+"""Whole decoder layers in one native call: which models have them; nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import transformers as hf
+
+import cllm
+import cllm_kernels
+from cllm.decoding import forward, layers
+from cllm.decoding.forward import BlockForward, choose_layout
+from cllm.decoding.support import check_model
+from cllm_kernels.decoder_layer import OP
+
+from .test_gated import greedy, random_adapter
+from .tiny_models import CONFIGS, prompts, tiny_model
+
+NATIVE = forward.Layout(False, "native")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+needs_native = pytest.mark.skipif(
+    OP.unavailable("cpp", torch.device("cpu")) is not None, reason="no C++ kernels"
+)
+pytestmark = needs_native
+
+
+@torch.no_grad()
+def layout_of(model, rows=8, gated=False):
+    ids = prompts([9])["input_ids"][0]
+    return choose_layout(model, check_model(model), ids, rows, gated=gated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_has_them(family, dtype):
+    for gated in (False, True):
+        assert layout_of(tiny_model(family, dtype), gated=gated) == NATIVE
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(FAMILIES)))
+def test_who_has_not(family):
+    assert layers.decoder_layers(tiny_model(family), check_model(tiny_model(family)), 8) is None
+
+
+def test_many_rows_and_other_backends_take_another_way():
+    model = tiny_model("llama")
+    assert layout_of(model, rows=64) == NATIVE
+    assert layout_of(model, rows=65) != NATIVE
+    with cllm_kernels.use_backend("reference"):
+        assert layout_of(model) != NATIVE
+    assert layout_of(model) == NATIVE
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layers.decoder_layers(model, check_model(model), 8) is None
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def replaced_forward(model):
+    model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
+
+
+def other_norm(model):
+    model.model.layers[1].input_layernorm = torch.nn.RMSNorm(32)
+
+
+def other_linear(model):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    old = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = Scaled(old.in_features, old.out_features, bias=False)
+
+
+def other_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+
+
+class Subclass(hf.LlamaForCausalLM):
+    pass
+
+
+def subclassed(model):
+    model.__class__ = Subclass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, replaced_forward, other_norm, other_linear, other_activation, subclassed],
+    ids=lambda change: change.__name__,
+)
+def test_whoever_changed_a_layer_is_heard(change):
+    """And the model decodes as it does by itself."""
+    model = copy.deepcopy(tiny_model("llama"))
+    assert layers.decoder_layers(model, check_model(model), 8)
+    change(model)
+    assert not layers.decoder_layers(model, check_model(model), 8)
+    inputs = prompts([9, 4])
+    found = cllm.generate(model, **inputs, max_new_tokens=16, block_size=6)
+    assert torch.equal(found, greedy(model, inputs, max_new_tokens=16))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_other_layouts(family, monkeypatch):
+    """Verify rows and guess rows, behind more context than a sliding window holds."""
+    model, adapter = tiny_model(family), random_adapter(family, 0.01)
+    traits = check_model(model)
+    ids = prompts([90, 80], seed=3)["input_ids"]
+    lengths = torch.tensor([70, 80])
+    tokens = ids[:, -7:].contiguous()
+    found = {}
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(forward, "native_devices", devices)
+        layout = layout_of(model, 24, gated=True)
+        assert (layout == NATIVE) == bool(devices)
+        block = BlockForward(
+            model, traits, batch=2, slots=120, device=ids.device, position_limit=None, layout=layout
+        )
+        with torch.no_grad(), layout.applied(model), adapter.applied(model) as gate:
+            block.prefill(ids[:, :80], lengths)
+            with gate.open(5, 2, 12):
+                found[bool(devices)] = block.gated_window(tokens, 5, lengths, lengths.tolist())
+    torch.testing.assert_close(found[True], found[False], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_size_gives_the_same_bits(family, dtype):
+    """In 16 bits, too: no sum of a row depends on how many rows there are."""
+    model, inputs = tiny_model(family, dtype), prompts([23, 1, 12])
+    one = cllm.generate(model, **inputs, max_new_tokens=60, block_size=1)
+    adapter = random_adapter(family, 0.05)
+    for changes in (
+        {"block_size": 5},
+        {"block_size": 16, "mode": "block"},
+        {"block_size": 9, "adapter": adapter, "verify_size": 4},
+    ):
+        found = cllm.generate(model, **inputs, max_new_tokens=60, **changes)
+        assert torch.equal(found, one), changes
+
+
+def test_a_cache_that_grows():
+    """Past the 512 slots that it starts with, and from a prompt of a single token."""
+    model = tiny_model("llama")
+    for length, new in ((500, 60), (1, 8)):
+        inputs = prompts([length])
+        found = cllm.generate(model, **inputs, max_new_tokens=new, block_size=7, eos_token_id=None)
+        expected = greedy(model, inputs, max_new_tokens=new, eos_token_id=None)
+        assert torch.equal(found, expected)
+
+
+def test_weights_that_moved_between_calls_are_the_new_ones():
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9])
+    cllm.generate(model, **inputs, max_new_tokens=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.flip(0).contiguous()
+    found = cllm.generate(model, **inputs, max_new_tokens=16)
+    assert torch.equal(found, greedy(model, inputs, max_new_tokens=16))
+
+
+def test_layers_get_their_own_forward_back_from_concurrent_calls():
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9])
+    expected = greedy(model, inputs, max_new_tokens=40)
+    found = []
+
+    def decode(adapter):
+        for _ in range(3):
+            found.append(cllm.generate(model, **inputs, max_new_tokens=40, adapter=adapter))
+
+    adapters = [None, random_adapter("llama", 0.05), random_adapter("llama", 0.1)]
+    threads = [threading.Thread(target=decode, args=(adapter,)) for adapter in adapters]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 9 and all(torch.equal(one, expected) for one in found)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_layer_that_falls_back_is_an_error():
+    """Its own forward would read a mask that masks nothing."""
+    model = copy.deepcopy(tiny_model("llama"))
+    traits, ids = check_model(model), prompts([9])["input_ids"]
+    with torch.no_grad(), NATIVE.applied(model):
+        block = BlockForward(
+            model, traits, batch=1, slots=20, device=ids.device, position_limit=None, layout=NATIVE
+        )
+        block.prefill(ids[:, :6], torch.tensor([6]))
+        model.model.layers[1].forward = type(model.model.layers[1]).forward.__get__(
+            model.model.layers[1]
+        )
+        with pytest.raises(RuntimeError, match="own forward ran over a window of native layers"):
+            block.window(ids[:, 6:], torch.tensor([6]), [6])
