@@ -73,6 +73,7 @@ def memory(
 ) -> dict[str, Any]:
     """Bytes of the adapter, which has not run yet, and of the caches of a plain and a gated call of
     n = v."""
+    clock.prepare(2 * n, True)
     before = tensor_bytes()
     clock.gated(n, n, 1)
     in_use = tensor_bytes() - before

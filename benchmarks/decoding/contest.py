@@ -52,7 +52,7 @@ class Contestant:
             self.absent = str(error)
 
     def decode(self, prompts: list[list[int]], most: int) -> dict[str, Any]:
-        """The fields of `Decoded`, and ``peak_bytes`` so far: of the process, or of the GPU."""
+        """The fields of `Decoded`, and ``peak_bytes`` meanwhile: of the process, or of the GPU."""
         self._pipe.send((prompts, most))
         return self._answer()
 
@@ -98,6 +98,7 @@ def _work(
         except EOFError:
             return
         try:
+            _reset_peak(setup.device)
             found = asdict(decode(prompts, limit)) | {"peak_bytes": _peak_bytes(setup.device)}
             pipe.send(("done", found))
         except Exception as error:
@@ -109,7 +110,20 @@ def _reason(error: Exception) -> str:
     return text[:300] if isinstance(error, Absent) else f"{type(error).__name__}: {text[:300]}"
 
 
+def _reset_peak(device: str) -> None:
+    """Loading a model takes more memory than decoding with it. Where the system does not let a
+    process forget its peak (outside Linux), that stays the peak."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,11 +16,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, itemsize, own_variants, short
+from benchmarks.kernels.cases import (
+    Case,
+    Inputs,
+    Run,
+    Variant,
+    compiled,
+    itemsize,
+    own_variants,
+    short,
+)
 from benchmarks.kernels.harness import main
 from cllm.traits import cache_argument
 from cllm_kernels import DecoderWeights
 from cllm_kernels.decoder_layer import OP
+from cllm_kernels.decoder_layer.reference import layer
 from cllm_kernels.decoder_layer.weights import LINEARS
 
 # hidden size, MLP size, query heads, key heads, head size, layers: those of SmolLM2-135M
@@ -85,6 +95,20 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
 
         return Run(call)
 
+    def compiled_reference(inputs: Inputs) -> Run:
+        """One graph, that of a layer, for all of them."""
+        one = compiled(layer)
+        layered = list(zip(inputs["weights"], inputs["keys"], inputs["values"], strict=True))
+        cos, sin, lengths = inputs["cos"], inputs["sin"], inputs["lengths"]
+
+        def call() -> Tensor:
+            x = inputs["hidden"]
+            for weights, *caches in layered:
+                x = one(x, weights, cos, sin, *caches, lengths, size**-0.5, EPS, None, rows, rows)
+            return x
+
+        return Run(call)
+
     def products(inputs: Inputs) -> Run:
         """The linear layers, on whatever is there."""
         narrow = inputs["hidden"]
@@ -111,6 +135,7 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
         make_inputs=inputs,
         variants=[
             Variant("HuggingFace layers", "baseline", lambda i: huggingface(i, model), flop, moved),
+            Variant("compiled reference", "baseline", compiled_reference, flop, moved),
             *own_variants(OP, device, ours, flop, moved),
             Variant("block_linear alone", "matmuls", products, flop, moved, compared=False),
         ],
@@ -155,7 +180,11 @@ def huggingface(inputs: Inputs, model: Model) -> Run:
             x = module(x, attention_mask=mask, use_cache=True, **given)
         return x
 
-    return Run(call, prepare=lambda: cache.crop(context))
+    def cut_back() -> None:
+        if beyond := cache.get_seq_length() - context:
+            cache.crop(-beyond)
+
+    return Run(call, prepare=cut_back)
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -24,9 +24,29 @@ def decoder_layer(
     guesses_from: int,
     gated_from: int,
 ) -> Tensor:
-    """[B, n, H], every step a tensor of the dtype of `hidden`, as in HuggingFace's modules."""
+    """[B, n, H]. Raises ValueError, naming the row, if a block does not fit its cache."""
+    _check_room(lengths, hidden.shape[1], k_cache)
+    places = (cos, sin, k_cache, v_cache, lengths)
+    return layer(hidden, weights, *places, scale, eps, window, guesses_from, gated_from)
+
+
+def layer(
+    hidden: Tensor,  # [B, n, H]
+    weights: DecoderWeights,
+    cos: Tensor,  # [B or 1, n, D]
+    sin: Tensor,  # [B or 1, n, D]
+    k_cache: Tensor,  # [B, Hkv, C, D], mutated
+    v_cache: Tensor,  # [B, Hkv, C, D], mutated
+    lengths: Tensor,  # [B]
+    scale: float,
+    eps: float,
+    window: int | None,
+    guesses_from: int,
+    gated_from: int,
+) -> Tensor:
+    """[B, n, H], every step a tensor of the dtype of `hidden`, as in HuggingFace's modules;
+    nothing is read back to the host."""
     n = hidden.shape[1]
-    _check_room(lengths, n, k_cache)
 
     def project(index: int, x: Tensor) -> Tensor:  # [B, n, width] -> [B, n, rows]
         out, pair = (

@@ -146,7 +146,11 @@ def test_every_block_size_gives_the_same_bits(family, dtype):
 
 def test_a_cache_that_grows():
     """Past the 512 slots that it starts with, and from a prompt of a single token."""
-    model = tiny_model("llama")
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings = 1024
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    assert layout_of(model) == NATIVE
     for length, new in ((500, 60), (1, 8)):
         inputs = prompts([length])
         found = cllm.generate(model, **inputs, max_new_tokens=new, block_size=7, eos_token_id=None)

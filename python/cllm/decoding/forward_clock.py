@@ -54,8 +54,10 @@ class ForwardClock:
         self._traits = traits
         self._forwards: dict[tuple[bool, Layout], BlockForward] = {}
 
-    def _forward(self, rows: int, gated: bool) -> tuple[BlockForward, Layout]:
-        """What drives forwards over windows of `rows`, with the prompt in its cache."""
+    @torch.no_grad()
+    def prepare(self, rows: int, gated: bool) -> tuple[BlockForward, Layout]:
+        """What drives forwards over windows of `rows`, with the prompt in its cache; the first
+        such forward would read the prompt otherwise, which counts in no time but in memory."""
         batch, length = self._tokens.shape
         layout = choose_layout(
             self._model, self._traits, self._tokens[0], batch * rows, gated=gated
@@ -91,7 +93,7 @@ class ForwardClock:
 
     @torch.no_grad()
     def _run(self, width: int, verify: int | None, forwards: int, adapter: bool = False) -> float:
-        forward, layout = self._forward(width + (verify or 0), verify is not None)
+        forward, layout = self.prepare(width + (verify or 0), verify is not None)
         columns = torch.arange(width, device=self._tokens.device) % self._tokens.shape[1]
         window = self._tokens[:, columns].contiguous()
         host_lengths = self._lengths.tolist()
