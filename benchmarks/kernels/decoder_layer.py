@@ -41,8 +41,9 @@ CPU = [(SMOLLM2, rows, CONTEXT) for rows in (1, 4, 8, 16, 32)]
 QUICK = [(SMALL, 5, 20)]
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
-# relative, in the 2-norm, behind all layers
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+# relative, in the 2-norm, behind all layers: in bf16 ten roundings of 2^-9 in each of thirty layers
+# come to some sqrt(300) * 2^-9 = 0.034
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-4}
 Model = tuple[int, int, int, int, int, int]
 
 

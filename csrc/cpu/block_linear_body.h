@@ -39,6 +39,7 @@ struct Float16 : Float32 {
 // Rows of the weight per tile, by rows of x: what the registers hold.
 constexpr int kMostRows = 6;
 constexpr int weights_per_tile(int rows) {
+    if (rows == 1) return 1;  // nothing is used twice: in one stream memory is quickest
     return Simd::kAccumulators / rows < 6 ? Simd::kAccumulators / rows : 6;
 }
 
@@ -52,6 +53,7 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
                        int64_t stride, const typename Type::Input* input, int64_t padded,
                        int64_t width) {
     constexpr int64_t kStep = Type::kStep;
+    constexpr int kAhead = kWeights == 1 ? 4 : 2;  // tiles
     const int64_t whole = width / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kStep) {
         decltype(Type::load(weight)) weights[kWeights];
@@ -59,7 +61,7 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
             const auto* const place = weight + c * stride + k;
             weights[c] = Type::load(place);
             // A row of the weight ends before the hardware has seen where it leads.
-            if (kPrefetch) Simd::prefetch(place + kWeights * stride);
+            if (kPrefetch) Simd::prefetch(place + kAhead * kWeights * stride);
         }
         for (int r = 0; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + k);
