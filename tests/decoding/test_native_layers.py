@@ -20,7 +20,7 @@ from .test_gated import greedy, random_adapter
 from .tiny_models import CONFIGS, prompts, tiny_model
 
 NATIVE = forward.Layout(False, "native")
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen2-local", "qwen3"]
 needs_native = pytest.mark.skipif(
     OP.unavailable("cpp", torch.device("cpu")) is not None, reason="no C++ kernels"
 )

@@ -66,7 +66,7 @@ def decoder_layers(model: Any, traits: ModelTraits, rows: int) -> list[torch.nn.
     if not _is(inner, family, "Model"):
         return None
     found = list(inner.layers)  # type: ignore[union-attr]
-    return found if all(_known(layer, family, traits) for layer in found) else None
+    return found if all(_known(layer, family) for layer in found) else None
 
 
 def _is(module: Any, family: str, kind: str) -> bool:
@@ -75,7 +75,7 @@ def _is(module: Any, family: str, kind: str) -> bool:
     return (type(module).__module__, type(module).__name__) == (package, family + kind)
 
 
-def _known(layer: Any, family: str, traits: ModelTraits) -> bool:
+def _known(layer: Any, family: str) -> bool:
     """Whether `layer` is made of the very modules that `decoder_layer` computes, none of them with
     a hook or somebody else's forward."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
@@ -97,9 +97,6 @@ def _known(layer: Any, family: str, traits: ModelTraits) -> bool:
         return False
     if not (2 <= attention.head_dim <= 256 and attention.head_dim % 2 == 0):
         return False
-    kind = getattr(layer, "attention_type", None)
-    if len(traits.mask_kinds) > 1 and kind not in traits.mask_kinds:
-        return False
     return all(_untouched(module) for module in layer.modules())
 
 
@@ -120,7 +117,7 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     with _lock:
         for index, layer in enumerate(layers):
             if layer not in _users:
-                layer.forward = NativeLayer(layer, index, _window(layer, traits)).forward
+                layer.forward = NativeLayer(layer, index, _window(model, index, traits)).forward
             _users[layer] = _users.get(layer, 0) + 1
     try:
         yield
@@ -133,11 +130,11 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
                     del layer.forward
 
 
-def _window(layer: Any, traits: ModelTraits) -> int | None:
+def _window(model: Any, index: int, traits: ModelTraits) -> int | None:
     """Positions that a query of the layer sees, or None: all before it."""
     if len(traits.mask_kinds) == 1:
         return next(iter(traits.mask_kinds.values()))
-    return traits.mask_kinds[layer.attention_type]
+    return traits.mask_kinds[model.config.layer_types[index]]
 
 
 class NativeLayer:
