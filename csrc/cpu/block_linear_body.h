@@ -36,12 +36,15 @@ struct Float16 : Float32 {
     static uint16_t narrow(float x) { return narrow_f16(x); }
 };
 
-// Rows of the weight per tile, by rows of x: what the registers hold.
-constexpr int kMostRows = 6;
-constexpr int weights_per_tile(int rows) {
-    if (rows == 1) return 1;  // nothing is used twice: in one stream memory is quickest
+// Rows of the weight per tile, by rows of x: what the registers hold, where it comes from L2. Where
+// it comes from memory few rows at a time are quickest, that is in few streams, and all the rest is
+// hidden behind them up to kMostRows rows of x.
+constexpr int kMostRows = Simd::kAccumulators / 2;
+constexpr int weights_per_tile(int rows, bool from_memory) {
+    if (from_memory) return 2;
     return Simd::kAccumulators / rows < 6 ? Simd::kAccumulators / rows : 6;
 }
+constexpr int kTilesAhead = 4;  // that are asked for from memory
 
 // About a third of the smallest L2: what the rows of x in groups of kMostRows share.
 constexpr int64_t kSharedBytes = 128 << 10;
@@ -53,7 +56,6 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
                        int64_t stride, const typename Type::Input* input, int64_t padded,
                        int64_t width) {
     constexpr int64_t kStep = Type::kStep;
-    constexpr int kAhead = kWeights == 1 ? 4 : 2;  // tiles
     const int64_t whole = width / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kStep) {
         decltype(Type::load(weight)) weights[kWeights];
@@ -61,7 +63,7 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
             const auto* const place = weight + c * stride + k;
             weights[c] = Type::load(place);
             // A row of the weight ends before the hardware has seen where it leads.
-            if (kPrefetch) Simd::prefetch(place + kAhead * kWeights * stride);
+            if (kPrefetch) Simd::prefetch(place + kTilesAhead * kWeights * stride);
         }
         for (int r = 0; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + k);
@@ -117,7 +119,7 @@ void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
 template <typename Type, typename Out, int kRows, bool kPrefetch>
 void columns(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t first,
              int64_t last) {
-    constexpr int kWeights = weights_per_tile(kRows);
+    constexpr int kWeights = weights_per_tile(kRows, kPrefetch);
     int64_t column = first;
     for (; column + kWeights <= last; column += kWeights) {
         tile<Type, Out, kRows, kWeights, kPrefetch>(linear, input, row, column);
@@ -127,23 +129,15 @@ void columns(const BlockLinear& linear, const BlockLinearInput& input, int64_t r
     }
 }
 
-template <typename Type, typename Out, bool kPrefetch>
+// 1 to kMostRows rows.
+template <typename Type, typename Out, bool kPrefetch, int kRows = 1>
 void group(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t rows,
            int64_t first, int64_t last) {
-    static_assert(kMostRows == 6, "one case for every number of rows");
-    switch (rows) {
-        case 1:
-            return columns<Type, Out, 1, kPrefetch>(linear, input, row, first, last);
-        case 2:
-            return columns<Type, Out, 2, kPrefetch>(linear, input, row, first, last);
-        case 3:
-            return columns<Type, Out, 3, kPrefetch>(linear, input, row, first, last);
-        case 4:
-            return columns<Type, Out, 4, kPrefetch>(linear, input, row, first, last);
-        case 5:
-            return columns<Type, Out, 5, kPrefetch>(linear, input, row, first, last);
-        default:
-            return columns<Type, Out, 6, kPrefetch>(linear, input, row, first, last);
+    if (rows == kRows) {
+        return columns<Type, Out, kRows, kPrefetch>(linear, input, row, first, last);
+    }
+    if constexpr (kRows < kMostRows) {
+        group<Type, Out, kPrefetch, kRows + 1>(linear, input, row, rows, first, last);
     }
 }
 

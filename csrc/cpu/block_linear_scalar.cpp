@@ -8,7 +8,7 @@ namespace {
 
 struct Simd {
     static constexpr int64_t kWidth = 8;
-    static constexpr int kAccumulators = 6;
+    static constexpr int kAccumulators = 12;
     struct Vec {
         float lane[kWidth];
     };
@@ -40,7 +40,7 @@ struct Simd {
         for (float value : a.lane) sum += value;
         return sum;
     }
-    static void prefetch(const void* place) { __builtin_prefetch(place); }
+    static void prefetch(const void* place) { __builtin_prefetch(place, 0, 2); }
 };
 
 #include "block_linear_body.h"

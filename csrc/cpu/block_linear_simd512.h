@@ -18,7 +18,8 @@ struct Simd {
     static Vec fill(float value) { return _mm512_set1_ps(value); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
+    // Into L2: a line that is asked for into L1 holds up the loads of others while it comes.
     static void prefetch(const void* place) {
-        _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(place), _MM_HINT_T1);
     }
 };
