@@ -36,4 +36,6 @@ def main(trajectories: str, output: str, settings: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # together: a process that leaves while another still writes was seen to abort as it ended
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
