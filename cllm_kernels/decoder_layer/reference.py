@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -10,24 +12,11 @@ from cllm_kernels.decoder_layer import no_room
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
 
-def decoder_layer(
-    hidden: Tensor,  # [B, n, H]
-    weights: DecoderWeights,
-    cos: Tensor,  # [B or 1, n, D]
-    sin: Tensor,  # [B or 1, n, D]
-    k_cache: Tensor,  # [B, Hkv, C, D], mutated
-    v_cache: Tensor,  # [B, Hkv, C, D], mutated
-    lengths: Tensor,  # [B]
-    scale: float,
-    eps: float,
-    window: int | None,
-    guesses_from: int,
-    gated_from: int,
-) -> Tensor:
-    """[B, n, H]. Raises ValueError, naming the row, if a block does not fit its cache."""
+def decoder_layer(hidden: Tensor, *rest: Any) -> Tensor:
+    """`layer`. Raises ValueError, naming the row, if a block does not fit its cache."""
+    k_cache, lengths = rest[3], rest[5]
     _check_room(lengths, hidden.shape[1], k_cache)
-    places = (cos, sin, k_cache, v_cache, lengths)
-    return layer(hidden, weights, *places, scale, eps, window, guesses_from, gated_from)
+    return layer(hidden, *rest)
 
 
 def layer(
