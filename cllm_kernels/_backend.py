@@ -49,12 +49,14 @@ class Op:
 
     `implementations` maps a backend's name to a loader that returns the function (or what else the
     op calls), so that a backend is imported only when it is used. `preference` orders backends per
-    device type for "auto".
+    device type for "auto". `cuda_function` is what the CUDA backend calls of the native module;
+    by default it has the op's name.
     """
 
     name: str
     implementations: Mapping[str, Callable[[], Any]]
     preference: Mapping[str, tuple[str, ...]]
+    cuda_function: str | None = None
     _resolved: dict[tuple[str, torch.device], Any] = field(default_factory=dict)
     _native: dict[tuple[str, torch.device], bool] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ class Op:
                 return "the CUDA C++ kernels run on CUDA tensors"
             if torch.version.hip is not None:
                 return "this torch is built for ROCm"
-            if reason := missing_cuda_reason(f"{self.name}_cuda"):
+            if reason := missing_cuda_reason(self.cuda_function or f"{self.name}_cuda"):
                 return reason
             if torch.cuda.is_available() and _capability(device.index) < (8, 0):
                 return "the CUDA C++ kernels need compute capability 8.0 or newer"

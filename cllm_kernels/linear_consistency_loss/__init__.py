@@ -49,6 +49,7 @@ OP = register(
         name="linear_consistency_loss",
         implementations={"reference": _reference, "cpp": _cpp, "cuda": _cuda, "triton": _triton},
         preference={"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")},
+        cuda_function="consistency_chunk_cuda",
     )
 )
 

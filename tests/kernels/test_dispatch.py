@@ -15,7 +15,7 @@ import cllm_kernels
 import cllm_kernels.jacobi_step
 import cllm_kernels.row_argmax
 from cllm_kernels import _common
-from cllm_kernels._backend import BACKENDS, interpreting
+from cllm_kernels._backend import BACKENDS, interpreting, registered
 from cllm_kernels._common import eager
 from cllm_kernels._native import missing_reason
 from cllm_kernels.jacobi_step import OP as JACOBI_STEP
@@ -336,3 +336,13 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels():
     with open("/proc/self/maps") as maps:
         loaded = {line.split()[-1] for line in maps if "libgomp" in line}
     assert len(loaded) == 1, loaded
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in registered().values() if "cuda" in op.implementations], ids=lambda o: o.name
+)
+def test_a_cuda_kernel_is_found_where_it_was_built(op):
+    """By the name that the native module has it under, whether or not a GPU is here."""
+    if not cllm_kernels.build_info()["cuda"]:
+        pytest.skip("built without CUDA kernels")
+    assert op.unavailable("cuda", torch.device("cuda")) is None
