@@ -322,10 +322,10 @@ def test_a_state_out_of_bounds_is_refused_unchanged(change):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_cuda_graph_replays_the_step(backend):
     state = make([[1, 2, 3, 4]], [[2, 3, 9, 8]], fill=True)
+    wanted, first = step(state)
+    _, second = step(wanted)
     with running(OP, backend, "cuda"):
         moved = {k: v.cuda() for k, v in state.items()}
-        wanted, first = step(state)
-        _, second = step(wanted)
         step(state, "cuda")  # compiles what needs compiling, outside the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

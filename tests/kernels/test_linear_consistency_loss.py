@@ -136,16 +136,18 @@ def same_dtype(
 
 def check(case, dtype, device, **extra):
     """The op's error against fp64: at most twice that of torch in the same dtype, or what one
-    rounding explains: of each result, and in fp32 of a logarithm (losses) or a probability
-    (gradients, which may be exactly 0)."""
+    rounding explains: of each result, and in fp32 of a logit (losses, which are differences of
+    them) or a probability (gradients, which may be exactly 0)."""
     exact = case.run(by_autograd, torch.float64)
-    torch_own = case.run(same_dtype, dtype)
+    torch_own = case.run(same_dtype, dtype, device)
     found = case.run(
         lambda *a, **k: cllm_kernels.linear_consistency_loss(*a, **k, **extra), dtype, device
     )
     assert len(found) == len(exact)
     hidden = torch.cat([case.student.flatten(), case.teacher.flatten()]).norm()
-    reach = [16.0] * 3 + [case.weight.norm()] * 2 + [hidden, 1.0]
+    logits = case.student @ case.weight.T
+    logit = max(16.0, float(logits.abs().max())) if logits.numel() else 16.0
+    reach = [logit] * 3 + [case.weight.norm()] * 2 + [hidden, 1.0]
     for place, (wanted, usual, mine) in enumerate(zip(exact, torch_own, found, strict=True)):
         kind = torch.float32 if place < 3 else dtype
         rounding = torch.finfo(kind).eps * wanted.norm()
