@@ -1,5 +1,6 @@
-"""The decoder layers of a small model over a block's few rows: one native call each, beside the
-modules of HuggingFace, over weights that no cache holds.
+"""Decoder layers over a block's few rows, beside the modules of HuggingFace, over weights that no
+cache holds: on a CPU those of a small model, one native call each; on a GPU those of LLaMA-2-7B
+too.
 
     python benchmarks/kernels/decoder_layer.py --device cpu --record
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,14 @@ from cllm_kernels.decoder_layer.weights import LINEARS
 SMOLLM2 = (576, 1536, 9, 3, 64, 30)
 SMALL = (48, 64, 4, 2, 16, 2)
 CONTEXT = 256
+# four of LLaMA-2-7B's 32 layers hold 1.6 GB in bf16
+LLAMA = (4096, 11008, 32, 32, 128, 4)
 CPU = [(SMOLLM2, rows, CONTEXT) for rows in (1, 4, 8, 16, 32)]
+GPU = [
+    *[(LLAMA, rows, CONTEXT) for rows in (1, 16, 64)],
+    (SMOLLM2, 1, CONTEXT),
+    (SMOLLM2, 8, CONTEXT),
+]
 QUICK = [(SMALL, 5, 20)]
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5
@@ -124,6 +133,9 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
 
         return Run(call)
 
+    def theirs(inputs: Inputs) -> Run:
+        return huggingface(inputs, model)
+
     numbers = sum(out * width for out, width in shapes) * layers
     seen = rows * context + rows * (rows + 1) // 2
     flop = 2 * rows * numbers + 4 * heads * size * seen * layers
@@ -135,15 +147,61 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
         shape={"n": rows, "context": context, "layers": layers, "H": hidden, "I": inner},
         make_inputs=inputs,
         variants=[
-            Variant("HuggingFace layers", "baseline", lambda i: huggingface(i, model), flop, moved),
+            Variant("HuggingFace layers", "baseline", theirs, flop, moved),
             Variant("compiled reference", "baseline", compiled_reference, flop, moved),
             *own_variants(OP, device, ours, flop, moved),
             Variant("block_linear alone", "matmuls", products, flop, moved, compared=False),
+            *(in_graphs(theirs, ours, products, flop, moved) if device.type == "cuda" else ()),
         ],
         flop_floor=flop,
         bytes_floor=moved,
         tolerance=TOLERANCE[dtype],
     )
+
+
+def in_graphs(
+    theirs: Callable[[Inputs], Run],
+    ours: Callable[[Inputs], Run],
+    products: Callable[[Inputs], Run],
+    flop: float,
+    moved: float,
+) -> list[Variant]:
+    """The same as CUDA graphs, in which nobody waits for Python."""
+
+    def graphed(build: Callable[[Inputs], Run]) -> Callable[[Inputs], Run]:
+        return lambda inputs: captured(build(inputs))
+
+    return [
+        Variant("HuggingFace layers, in a graph", "baseline", graphed(theirs), flop, moved),
+        Variant("cllm auto, in a graph", "cllm", graphed(ours), flop, moved),
+        Variant(
+            "block_linear alone, in a graph", "matmuls", graphed(products), flop, moved,
+            compared=False,
+        ),
+    ]  # fmt: skip
+
+
+def captured(run: Run) -> Run:
+    """A call as a CUDA graph. It always starts from the state that it was captured in."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            if run.prepare is not None:
+                run.prepare()
+            run.call()
+    torch.cuda.current_stream().wait_stream(side)
+    if run.prepare is not None:
+        run.prepare()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run.call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return Run(replay)
 
 
 def huggingface(inputs: Inputs, model: Model) -> Run:
@@ -175,8 +233,12 @@ def huggingface(inputs: Inputs, model: Model) -> Run:
     name = cache_argument(inspect.signature(modules[0].forward).parameters)
     given = {name: cache, "position_embeddings": (inputs["cos"], inputs["sin"])}
 
+    # what a captured call has read must not be freed when the cache takes its result
+    kept: list[Any] = []
+
     def call() -> Tensor:
         x = first
+        kept[:] = [(layer.keys, layer.values) for layer in cache.layers]
         for module in modules:
             x = module(x, attention_mask=mask, use_cache=True, **given)
         return x
@@ -189,7 +251,10 @@ def huggingface(inputs: Inputs, model: Model) -> Run:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    return [case(*size, dtype, device) for dtype in DTYPES for size in (QUICK if quick else CPU)]
+    sizes = QUICK if quick else CPU if device.type == "cpu" else GPU
+    # on a GPU nobody decodes in fp32
+    dtypes = DTYPES if device.type == "cpu" else (torch.bfloat16,)
+    return [case(*size, dtype, device) for dtype in dtypes for size in sizes]
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:

@@ -26,11 +26,17 @@ def _cpp() -> Any:
     return native.decoder_layer_cpu
 
 
+def _triton() -> Any:
+    from cllm_kernels.decoder_layer import triton_kernel
+
+    return triton_kernel.decoder_layer
+
+
 OP = register(
     Op(
         name="decoder_layer",
-        implementations={"reference": _reference, "cpp": _cpp},
-        preference={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+        implementations={"reference": _reference, "cpp": _cpp, "triton": _triton},
+        preference={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     )
 )
 
@@ -54,14 +60,16 @@ def decoder_layer(
 
     The layer of Llama (Touvron et al. 2023): RMS norms (Zhang and Sennrich 2019), rotary positions
     of half-rotated heads (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), SwiGLU
-    (Shazeer 2020); with biases that of Qwen2, with norms of the heads that of Qwen3. Made for 1 to
-    64 rows on a CPU, where it is one native call instead of some fifty.
+    (Shazeer 2020); with biases that of Qwen2, with norms of the heads that of Qwen3. Made for few
+    rows: on a CPU it is one native call instead of some fifty, on a GPU some dozen launches, half
+    of them matrix products.
 
     Row b's keys and values stand at slots 0 .. lengths[b] - 1. Token i stands at position
     lengths[b] + i, its key and value are written to that slot, and it attends to the cached slots
     and to tokens 0 .. i. With `guesses_from` = v the block holds a window twice, v verify rows and
     then guess rows: token i >= v stands at position lengths[b] + i - v and attends to the cached
-    slots and to tokens v .. i. Verify rows read nothing of guess rows, which may be garbage.
+    slots and to tokens v .. i. Verify rows read nothing of guess rows, which may be garbage; what
+    stands in the cache behind the verify rows' slots afterwards is of no use to anybody.
 
     Sums are fp32; 16-bit types are rounded where HuggingFace's modules round them. On the C++
     backend a row's result has the same bits beside any other rows, for any number of them and
@@ -84,9 +92,10 @@ def decoder_layer(
         [B, n, H].
 
     Raises:
-        ValueError: shapes, strides, devices or options that do not fit; a row whose block does not
-            fit its cache. TypeError: a wrong dtype. RuntimeError: gradients were asked for; there
-            are none. BackendError: see `use_backend`.
+        ValueError: shapes, strides, devices or options that do not fit; on the CPU a row whose
+            block does not fit its cache (on a GPU as in `block_attention`). TypeError: a wrong
+            dtype. RuntimeError: gradients were asked for; there are none. BackendError: see
+            `use_backend`.
     """
     n = hidden.shape[1] if hidden.dim() == 3 else 0
     guesses = n if guesses_from is None else guesses_from

@@ -21,6 +21,7 @@ import cllm_kernels
 # More rows are a matter of arithmetic, not of memory, and torch's.
 MOST_ROWS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
 
 
 class Term(Protocol):
@@ -59,7 +60,10 @@ def block_linears(model: torch.nn.Module) -> Iterator[None]:
     back.
     """
     with _lock:
-        chosen = [module for module in model.modules() if module in _users or fusable(module)]
+        chosen: list[Any] = [
+            module for module in model.modules() if module in _users or fusable(module)
+        ]
+        chosen = [module for module in chosen if module.weight.is_cpu]
         for module in chosen:
             _enter(module)
             _blocks[module] = _blocks.get(module, 0) + 1
@@ -75,21 +79,22 @@ def block_linears(model: torch.nn.Module) -> Iterator[None]:
 
 
 def fusable(module: torch.nn.Module) -> bool:
-    """A plain `torch.nn.Linear` on a CPU in a dtype of the kernels: no subclass (a quantised layer,
-    say), nothing parametrised, and no layer whose forward is somebody else's already."""
+    """A plain `torch.nn.Linear` on a device and in a dtype of the kernels: no subclass (a quantised
+    layer, say), nothing parametrised, and no layer whose forward is somebody else's already."""
     if type(module) is not torch.nn.Linear:
         return False
     if "forward" in module.__dict__ and module not in _users:
         return False
     weight = module.weight
-    return type(weight) is torch.nn.Parameter and weight.is_cpu and weight.dtype in _DTYPES
+    known = weight.dtype in _DTYPES and weight.device.type in _DEVICES
+    return type(weight) is torch.nn.Parameter and known
 
 
 def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
     """Give `module`, which is `fusable`, a term; returns what takes it back.
 
-    In `block_linears` it is a part of the product of few rows. Otherwise the layer's output is what
-    it was, with the term added to it.
+    In `block_linears` it is a part of the product of few rows, in native decoder layers of those.
+    Otherwise the layer's output is what it was, with the term added to it.
     """
     with _lock:
         _enter(module)

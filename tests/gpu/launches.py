@@ -48,8 +48,41 @@ def block_linear() -> Iterator[Launch]:
 
 
 def decoder_layer() -> Iterator[Launch]:
-    """The reference on a GPU: nothing of ours is launched."""
-    yield from ()
+    for dtype in DTYPES:
+        for norms in (False, True):
+            for guesses in (None, 3):
+                yield (
+                    f"{dtype} norms={norms} guesses_from={guesses}",
+                    lambda d=dtype, norms=norms, guesses=guesses: layer(d, norms, guesses),
+                )
+
+
+def layer(dtype: torch.dtype, norms: bool, guesses: int | None) -> torch.Tensor:
+    hidden, inner, heads, kv_heads, width, rank, n = 72, 100, 6, 2, 20, 3, 7
+    shapes = [(heads * width, hidden), *[(kv_heads * width, hidden)] * 2, (hidden, heads * width)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    weights = cllm_kernels.DecoderWeights(
+        *(random(*shape, dtype=dtype) for shape in shapes),
+        attention_norm=random(hidden, dtype=dtype),
+        mlp_norm=random(hidden, dtype=dtype),
+        head_size=width,
+        query_norm=random(width, dtype=dtype) if norms else None,
+        key_norm=random(width, dtype=dtype) if norms else None,
+        low_rank=[
+            (random(rank, columns, dtype=dtype), random(rows, rank, dtype=dtype))
+            for rows, columns in shapes
+        ],
+    )
+    return cllm_kernels.decoder_layer(
+        random(3, n, hidden, dtype=dtype),
+        weights,
+        *(random(3, n, width, dtype=dtype) for _ in range(2)),
+        *(random(3, kv_heads, 50, width, dtype=dtype) for _ in range(2)),
+        torch.tensor([0, 7, 40], device=DEVICE),
+        eps=1e-5,
+        guesses_from=guesses,
+        gated_from=guesses,
+    )
 
 
 def linear_argmax() -> Iterator[Launch]:

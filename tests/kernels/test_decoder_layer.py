@@ -15,7 +15,7 @@ import cllm_kernels
 from cllm_kernels import DecoderWeights
 from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.weights import LINEARS, from_plain, plain_tensors
-from tests.kernels.backends import everywhere, running
+from tests.kernels.backends import everywhere, running, slow_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # hidden size, MLP size, query heads, key heads, head size, and whether the heads have norms, the
@@ -138,6 +138,8 @@ def check(found, wanted):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_against_fp64(backend, device, model, dtype):
+    if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 tl.dot wrongly")
     weights = make_weights(model, dtype, device)
     for window, guesses in ((None, None), (5, None), (None, 3), (5, 2), (1, 0)):
         block = make_block(weights, [40, 0, 3], 7, 64, device=device)
@@ -163,9 +165,9 @@ def test_against_fp64(backend, device, model, dtype):
         )
         check(found, wanted)
         for before, after in ((block[3], found_in[3]), (block[4], found_in[4])):
+            verified = 7 if guesses is None else guesses
             for row, length in enumerate((40, 0, 3)):  # the block's slots, and no other
-                written = after[row, :, length : length + 7]
-                assert written.isfinite().all()
+                assert after[row, :, length : length + verified].isfinite().all()
                 assert torch.equal(after[row, :, :length], before[row, :, :length])
                 assert after[row, :, length + 7 :].isnan().all()
 
@@ -244,6 +246,30 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("garbage", [1e30, NAN])
+@everywhere(OP)
+def test_garbage_in_guess_rows_stays_there(backend, device, garbage):
+    weights = make_weights(MODELS["norms of the heads"], torch.float32, device)
+    lengths, n = [9, 0, 4], 3
+    twice = make_block(weights, lengths, 2 * n, 24, device=device)
+    outs = []
+    with running(OP, backend, device):
+        for factor in (1.0, garbage):
+            hidden = twice[0].clone()
+            hidden[:, n:] *= factor
+            caches = [cache.clone(memory_format=torch.preserve_format) for cache in twice[3:5]]
+            options = {"eps": 1e-5, "guesses_from": n, "gated_from": n}
+            outs.append(
+                cllm_kernels.decoder_layer(
+                    hidden, weights, *twice[1:3], *caches, twice[5], **options
+                )[:, :n]
+            )
+            for cache in caches:
+                for row, length in enumerate(lengths):
+                    assert cache[row, :, : length + n].isfinite().all()
+    assert torch.equal(*outs)
+
+
 @everywhere(OP)
 def test_nothing_to_do(backend, device):
     weights = make_weights(MODELS["whole vectors"], torch.float32, device)
@@ -256,6 +282,8 @@ def test_nothing_to_do(backend, device):
 
 @everywhere(OP)
 def test_a_block_that_does_not_fit_names_its_row(backend, device):
+    if backend == "triton":
+        pytest.skip("nothing is read back: tokens beyond the cache are not stored")
     weights = make_weights(MODELS["whole vectors"], torch.float32, device)
     block = make_block(weights, [2, 6], 4, 9, device=device)
     with running(OP, backend, device), pytest.raises(ValueError, match=r"lengths\[1\] = 6 and a "):

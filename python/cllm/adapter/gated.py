@@ -229,8 +229,8 @@ class GatedAdapter:
         """Put the adapter behind a gate of `model`, for a while.
 
         Meanwhile PEFT adapters that the model itself carries are off. Every module of the adapter
-        adds the low-rank term to the gated rows while the gate is open: plain linear layers on a
-        CPU by `cllm.linears.add_term`, all others by a forward hook. Weights are cast once, when
+        adds the low-rank term to the gated rows while the gate is open: plain linear layers by
+        `cllm.linears.add_term`, all others by a forward hook. Weights are cast once, when
         they are first needed: to the modules' dtype, to be added on a CPU to fp32 at least.
 
         Yields:

@@ -56,7 +56,7 @@ class _Part:
 
 
 # Of a module's name: the versions of its two tensors, and what `FusedTerm` made of them.
-Casts = dict[tuple[str, torch.dtype], tuple[tuple[int, int], tuple[Tensor, Tensor]]]
+Casts = dict[tuple[str, torch.dtype, torch.device], tuple[tuple[int, int], tuple[Tensor, Tensor]]]
 
 
 class FusedTerm:
@@ -76,20 +76,19 @@ class FusedTerm:
         self._casts = casts
         self._name = name
         self._weights = weights
-        self._dtype = like.dtype
+        self._dtype, self._device = like.dtype, like.device
 
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, filled up
         with zeros to a multiple of 32."""
-        weights, key = self._weights, (self._name, self._dtype)
+        weights, key = self._weights, (self._name, self._dtype, self._device)
         versions = _version(weights.a), _version(weights.b)
         known = self._casts.get(key)
         if known is not None and known[0] == versions:
             return known[1]
-        cpu = torch.device("cpu")
-        b = _scaled(weights, cpu)
-        a = weights.a.to(cpu, b.dtype)
+        b = _scaled(weights, self._device)
+        a = weights.a.to(self._device, b.dtype)
         # finite in every dtype: infinity times the zeros of rows that are not gated would be NaN
         most = torch.finfo(self._dtype).max
         a, b = (tensor.clamp(-most, most).to(self._dtype) for tensor in (a, b))

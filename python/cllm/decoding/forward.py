@@ -66,7 +66,7 @@ _LAYOUTS = (
 # Where block attention comes before SDPA over masks. On a CPU the masks of a forward are made once
 # for all its layers, and SDPA reads the same keys: that measured no slower.
 block_attention_devices = {"cuda"}
-native_devices = {"cpu"}
+native_devices = {"cpu", "cuda"}
 _chosen: weakref.WeakKeyDictionary[Any, dict[tuple, Layout]] = weakref.WeakKeyDictionary()
 
 

@@ -1,9 +1,10 @@
 """Whole decoder layers through `cllm_kernels.decoder_layer`, where a model has such layers.
 
-On a CPU a forward of few rows spends half of its time between its matrix products: in small
-operations, each of them too short to be worth its call. A layer of the Llama kind is one native
-call here. The model's own forward stays around it: embedding, rotary table, final norm, head, and
-every hook on the model; only `forward` of its decoder layers is another one meanwhile.
+A forward of few rows spends half of its time between its matrix products: in small operations,
+each of them too short to be worth its call. A layer of the Llama kind is one native call on a CPU
+here, and on a GPU a dozen launches instead of some forty. The model's own forward stays around it:
+embedding, rotary table, final norm, head, and every hook on the model; only `forward` of its
+decoder layers is another one meanwhile.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ _users: dict[torch.nn.Module, int] = {}
 
 
 def decoder_layers(model: Any, traits: ModelTraits, rows: int) -> list[torch.nn.Module] | None:
-    """The decoder layers of `model`, if `decoder_layer` can stand for all of them on the CPU.
+    """The decoder layers of `model`, if a kernel of `decoder_layer` can stand for all of them.
 
     Args:
-        rows: of a forward, batch times window; more than `MOST_ROWS` are torch's matter.
+        rows: of a forward, batch times window; on a CPU more than `MOST_ROWS` are torch's matter.
     """
-    if rows > MOST_ROWS or model.training:
+    device = model.device
+    if model.training or (device.type == "cpu" and rows > MOST_ROWS):
         return None
-    if OP.choose(torch.device("cpu"), current_backend()) != "cpp" or torch.is_autocast_enabled(
-        "cpu"
-    ):
+    if OP.choose(device, current_backend()) == "reference":
+        return None
+    if torch.is_autocast_enabled(device.type):
         return None
     if CHUNKED in traits.mask_kinds or traits.additive_masks:
         return None
@@ -88,6 +90,8 @@ def _known(layer: Any, family: str) -> bool:
         return False
     linears = [getattr(getattr(layer, part), name, None) for part, name in _LINEARS]
     if not all(linear is not None and fusable(linear) for linear in linears):
+        return False
+    if len({linear.weight.device for linear in linears if linear is not None}) > 1:
         return False
     assert attention is not None and mlp is not None
     activation = getattr(mlp, "act_fn", None)

@@ -1,0 +1,242 @@
+"""decoder_layer on a GPU: torch's matrix products, `block_attention`, and what stands between them
+in three Triton kernels instead of some twenty launches of torch's.
+
+Where a window stands twice, attention runs twice over the same cache: first for the guess rows,
+whose keys and values are written to the verify rows' slots, then for the verify rows, which
+overwrite them. So neither ever loads what the other must not see.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels.block_attention.triton_kernel import block_attention
+from cllm_kernels.decoder_layer.weights import DecoderWeights
+
+_GATED_BLOCK = 1024  # elements of a program of `silu_mul_kernel`
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr,  # [rows, width]
+    add_ptr,  # [rows, width], read where HAS_ADD
+    weight_ptr,  # [width]
+    sum_ptr,  # [rows, width], written where HAS_ADD: x + add
+    out_ptr,  # [rows, width], written: the normed sum
+    width,
+    eps,
+    HAS_ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, BLOCK)
+    real = column < width
+    kind = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row + column, mask=real, other=0.0).to(tl.float32)
+    if HAS_ADD:
+        x += tl.load(add_ptr + row + column, mask=real, other=0.0).to(tl.float32)
+        x = x.to(kind)
+        tl.store(sum_ptr + row + column, x, mask=real)
+        x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+    normed = (x * scale).to(kind).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + column, (weight * normed).to(kind), mask=real)
+
+
+@triton.jit
+def rotary_kernel(
+    q_ptr,  # [tokens, heads * D], turned in place
+    k_ptr,  # [tokens, kv_heads * D], turned in place
+    cos_ptr,  # [tokens or n, D]
+    sin_ptr,  # [tokens or n, D]
+    q_norm_ptr,  # [D], read where HAS_NORM
+    k_norm_ptr,  # [D], read where HAS_NORM
+    heads,
+    kv_heads,
+    places,  # rows of cos and sin
+    eps,
+    HALF: tl.constexpr,  # D / 2
+    BLOCK: tl.constexpr,  # HALF, padded to a power of two
+    HAS_NORM: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    real = column < HALF
+    kind = q_ptr.dtype.element_ty
+    if head < heads:
+        base = q_ptr + (token * heads + head) * (2 * HALF)
+        norm_ptr = q_norm_ptr
+    else:
+        base = k_ptr + (token * kv_heads + head - heads) * (2 * HALF)
+        norm_ptr = k_norm_ptr
+    low = tl.load(base + column, mask=real, other=0.0).to(tl.float32)
+    high = tl.load(base + HALF + column, mask=real, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        mean = (tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / (2 * HALF)
+        scale = tl.rsqrt(mean + eps)
+        low_weight = tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
+        high_weight = tl.load(norm_ptr + HALF + column, mask=real, other=0.0).to(tl.float32)
+        low = (low_weight * (low * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        high = (high_weight * (high * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    place = (token % places) * (2 * HALF)
+    cos_low = tl.load(cos_ptr + place + column, mask=real, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos_ptr + place + HALF + column, mask=real, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin_ptr + place + column, mask=real, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin_ptr + place + HALF + column, mask=real, other=0.0).to(tl.float32)
+    # each product is rounded before the sum, as torch's are
+    turned_low = (low * cos_low).to(kind).to(tl.float32) - (high * sin_low).to(kind).to(tl.float32)
+    turned_high = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(
+        tl.float32
+    )
+    tl.store(base + column, turned_low.to(kind), mask=real)
+    tl.store(base + HALF + column, turned_high.to(kind), mask=real)
+
+
+@triton.jit
+def silu_mul_kernel(
+    gate_ptr,  # [count], overwritten by silu(gate) * up
+    up_ptr,  # [count]
+    count,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = place < count
+    kind = gate_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + place, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + place, mask=real, other=0.0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(gate_ptr + place, (silu * up).to(kind), mask=real)
+
+
+def norm_shape(width: int) -> dict[str, int]:
+    """Block and launch options of `rms_norm_kernel`: a row is one block."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def rms_norm(
+    x: Tensor,  # [B, n, H] contiguous
+    weight: Tensor,  # [H]
+    eps: float,
+    add: Tensor | None = None,  # [B, n, H] contiguous
+) -> tuple[Tensor, Tensor]:
+    """(x + add, the norm of that), both [B, n, H]; without `add`, (x, the norm of x)."""
+    out = torch.empty_like(x)
+    summed = x if add is None else torch.empty_like(x)
+    width = x.shape[-1]
+    rms_norm_kernel[(x.numel() // width,)](
+        *(x, x if add is None else add, weight, summed, out),
+        width,
+        float(eps),
+        HAS_ADD=add is not None,
+        **norm_shape(width),
+        **FUSION,
+    )
+    return summed, out
+
+
+def turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: DecoderWeights, eps: float
+) -> None:
+    """Norms the heads of q [B, n, Hq * D] and k [B, n, Hkv * D] where the model does, and turns
+    them by cos, sin [B or 1, n, D], in place."""
+    half = weights.head_size // 2
+    has_norm = weights.query_norm is not None
+    rotary_kernel[(q.shape[0] * q.shape[1], weights.heads + weights.kv_heads)](
+        *(q, k, cos, sin),
+        weights.query_norm if has_norm else q,
+        weights.key_norm if has_norm else q,
+        weights.heads,
+        weights.kv_heads,
+        cos.shape[0] * cos.shape[1],
+        float(eps),
+        HALF=half,
+        BLOCK=triton.next_power_of_2(half),
+        HAS_NORM=has_norm,
+        num_warps=1,
+        **FUSION,
+    )
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in the place of `gate`."""
+    count = gate.numel()
+    silu_mul_kernel[(triton.cdiv(count, _GATED_BLOCK),)](
+        gate, up, count, BLOCK=_GATED_BLOCK, num_warps=4, **FUSION
+    )
+    return gate
+
+
+def decoder_layer(
+    hidden: Tensor,  # [B, n, H]
+    weights: DecoderWeights,
+    cos: Tensor,  # [B or 1, n, D]
+    sin: Tensor,  # [B or 1, n, D]
+    k_cache: Tensor,  # [B, Hkv, C, D], mutated
+    v_cache: Tensor,  # [B, Hkv, C, D], mutated
+    lengths: Tensor,  # [B]
+    scale: float,
+    eps: float,
+    window: int | None,
+    guesses_from: int,
+    gated_from: int,
+) -> Tensor:
+    """[B, n, H]. Nothing is read back."""
+    if hidden.numel() == 0:
+        return torch.empty_like(hidden)
+    n = hidden.shape[1]
+
+    def project(indices: tuple[int, ...], x: Tensor) -> list[Tensor]:
+        """The linear layers of `indices` on the same x [B, n, width]."""
+        outs = [linear(x, weights.linears[i], weights.biases[i]) for i in indices]
+        if gated_from < n:
+            _add_low_rank(outs, [weights.low_rank[i] for i in indices], x, gated_from)
+        return outs
+
+    with device_of(hidden):
+        _, x = rms_norm(hidden, weights.attention_norm, eps)
+        q, k, v = project((0, 1, 2), x)
+        turn(q, k, cos, sin, weights, eps)
+        q, k, v = (part.unflatten(2, (-1, weights.head_size)).transpose(1, 2) for part in (q, k, v))
+        parts = [
+            block_attention(
+                q[:, :, first:end],
+                k[:, :, first:end],
+                v[:, :, first:end],
+                k_cache,
+                v_cache,
+                lengths,
+                scale,
+                window,
+                None,
+                None,
+            ).transpose(1, 2)
+            for first, end in ((guesses_from, n), (0, guesses_from))
+            if first < end
+        ]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)
+        (attended,) = project((3,), mixed.flatten(2))
+        h, x = rms_norm(hidden, weights.mlp_norm, eps, add=attended)
+        gate, up = project((4, 5), x)
+        (down,) = project((6,), silu_mul(gate, up))
+        return h + down
+
+
+def _add_low_rank(
+    outs: list[Tensor],
+    pairs: list[tuple[Tensor, Tensor] | None],
+    x: Tensor,
+    first: int,
+) -> None:
+    """Adds (x A^T) B^T to the tokens from `first` on of each of `outs` [B, n, rows], in place."""
+    gated = x[:, first:].flatten(0, 1)
+    for out, pair in zip(outs, pairs, strict=True):
+        if pair is not None:
+            out[:, first:] += linear(linear(gated, pair[0]), pair[1]).view(out[:, first:].shape)
