@@ -1,4 +1,5 @@
-"""Captured forwards. What a capture is, the CPU tests play; a GPU's makes the last test."""
+"""Captured iterations and forwards. What a capture is, the CPU tests play; a GPU's makes the last
+tests."""
 
 from __future__ import annotations
 
@@ -9,12 +10,18 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StoppingCriteria
 
 import cllm
-from cllm.decoding import forward, graphs
+from cllm.decoding import cache, forward, graphs
+from cllm.decoding.cache import BlockPlan
 
+from ..adapter.adapters import peft_model
 from .test_gated import greedy, random_adapter
-from .tiny_models import prompts, tiny_model
+from .test_processors_and_streaming import Recorder as Streamer
+from .tiny_models import PAD, prompts, tiny_model
+from .tokenizer import letters_tokenizer
 
 
 class Recorder:
@@ -24,6 +31,7 @@ class Recorder:
         self.captures = self.replays = 0
 
     def capture(self, run):
+        run()  # as before a real capture, where kernels are compiled
         given = run()
         self.captures += 1
 
@@ -41,36 +49,233 @@ def recorder(monkeypatch):
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     # as on a GPU: no layer of native code, and places made of lengths that are on the device
     monkeypatch.setattr(forward, "native_devices", set())
+    own = BlockPlan.start_window
+
+    def start_window(plan, lengths, host_lengths, width, guesses_from=None):
+        own(plan, lengths, host_lengths, width, guesses_from)
+        if plan.batch == 1:
+            plan.slots = lengths[0] + torch.arange(width)
+
+    monkeypatch.setattr(BlockPlan, "start_window", start_window)
     return found
 
 
+def whole(model):
+    """The whole iterations that `model` keeps; None for one that could not be captured."""
+    return [one for kept in graphs._kept[model].values() for one in kept.iterations.values()]
+
+
+def graphed(model, inputs, **settings):
+    settings = {"block_size": 6, "compile": "graph", **settings}
+    return cllm.generate(model, **inputs, **settings, return_dict_in_generate=True)
+
+
+CHANGES = (
+    {},
+    {"mode": "block"},
+    {"accept": "one"},
+    {"fill": "last", "lookup": 0},
+    {"lookup": 0, "pool": True},
+    {"pool": False},
+    {"block_size": 1},
+    {"adapter": 0.05, "verify_size": 3},
+    {"adapter": 0.05, "pool": True},
+    {"adapter": 0.05, "mode": "block"},
+    {"adapter": 1e30, "fill": "last"},
+    {"do_sample": True, "seed": 3},
+)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_the_text_is_the_same(family, recorder):
-    model, inputs = copy.deepcopy(tiny_model(family)), prompts([9, 4, 12])
-    expected = greedy(model, inputs, max_new_tokens=40)
-    for changes in (
-        {},
-        {"mode": "block"},
-        {"adapter": random_adapter(family, 0.05), "verify_size": 3},
-        {"do_sample": True, "seed": 3},
-    ):
-        if "do_sample" in changes:
-            wanted = cllm.generate(model, **inputs, max_new_tokens=40, block_size=1, **changes)
-        else:
-            wanted = expected
-        before = recorder.captures, recorder.replays
-        found = cllm.generate(
-            model,
-            **inputs,
-            max_new_tokens=40,
-            block_size=6,
-            compile="graph",
-            return_dict_in_generate=True,
-            **changes,
+def test_the_text_is_the_same(family, changes, recorder):
+    model = copy.deepcopy(tiny_model(family))
+    changes = dict(changes)
+    if "adapter" in changes:
+        changes["adapter"] = random_adapter(family, changes["adapter"])
+    # the second call has other lengths, and the first one's leavings in every buffer
+    for lengths, count, captures in (([9, 4, 12], 40, 1), ([3, 20, 1], 25, 1)):
+        inputs = prompts(lengths, seed=count)
+        plain = graphed(model, inputs, max_new_tokens=count, **changes, compile=None)
+        if "do_sample" not in changes:
+            assert torch.equal(plain.sequences, greedy(model, inputs, max_new_tokens=count))
+        before = recorder.replays
+        found = graphed(model, inputs, max_new_tokens=count, **changes)
+        assert torch.equal(found.sequences, plain.sequences)
+        assert recorder.captures == captures
+        assert recorder.replays - before == found.forwards
+        # which forwards a row takes part in does not depend on who launches them
+        assert torch.equal(found.iterations, plain.iterations)
+        assert torch.equal(found.accepted, plain.accepted)
+        ahead = 0 if "do_sample" in changes else 1
+        assert len(whole(model)) == ahead
+        assert found.forwards == plain.forwards + ahead
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "block"}, {"adapter": 0.05}], ids=str)
+def test_rows_that_stop_at_different_places(settings, recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([6, 4, 2])
+    if "adapter" in settings:
+        settings = {"adapter": random_adapter("llama", 0.05)}
+    free = greedy(model, inputs, max_new_tokens=40, eos_token_id=None)
+    # more of them than one width of the buffer, then fewer again
+    ids = [int(free[0, 6 + 3]), int(free[1, 6 + 11]), int(free[2, 6 + 20])]
+    unused = [token for token in range(3, 97) if not bool((free == token).any())][:9]
+    for stops, captures in ((ids, 1), (ids + unused, 2), (ids[:1], 2), (ids[1:], 2)):
+        wanted = dict(max_new_tokens=40, eos_token_id=stops, pad_token_id=PAD)
+        found = graphed(model, inputs, **wanted, **settings)
+        assert torch.equal(found.sequences, greedy(model, inputs, **wanted))
+        assert recorder.captures == captures
+        lone = cllm.generate(
+            model, **inputs, **wanted, **settings, block_size=6, return_dict_in_generate=True
         )
-        assert torch.equal(found.sequences, wanted), changes
-        assert recorder.captures - before[0] in (0, 1)
-        assert recorder.replays - before[1] == found.forwards
+        assert torch.equal(found.iterations, lone.iterations)
+
+
+def test_a_row_alone_and_texts_of_more_columns(recorder):
+    model = copy.deepcopy(tiny_model("llama"))
+    for length, count, captures in ((5, 30, 1), (9, 1, 1), (1, 200, 1), (240, 10, 1), (7, 600, 2)):
+        inputs = prompts([length], seed=count)
+        found = graphed(model, inputs, max_new_tokens=count)
+        assert torch.equal(found.sequences, greedy(model, inputs, max_new_tokens=count))
+        assert recorder.captures == captures
+
+
+class AfterTwenty(StoppingCriteria):
+    """A custom rule, which sees every prefix."""
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 20)
+
+
+def test_where_the_host_has_a_say_nothing_runs_ahead(recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([6])
+    tokenizer = letters_tokenizer()
+    free = greedy(model, inputs, max_new_tokens=40, eos_token_id=None)[0, 6:]
+    text = tokenizer.decode(free)
+    shared = dict(max_new_tokens=40, eos_token_id=None)
+    for settings in (
+        {"stop_strings": [text[17:20]], "tokenizer": tokenizer},
+        {"stopping_criteria": [AfterTwenty()]},
+        {"max_time": 1000.0},
+    ):
+        found = graphed(model, inputs, **shared, **settings)
+        assert torch.equal(found.sequences, greedy(model, inputs, **shared, **settings))
+        assert found.forwards == int(found.iterations.sum())
+    cut = graphed(model, inputs, **shared, max_time=1e-9)
+    assert cut.forwards == 1
+    for count in (1, 4):
+        cut = graphed(model, inputs, **shared, max_iterations=count)
+        plain = graphed(model, inputs, **shared, max_iterations=count, compile=None)
+        assert cut.forwards == count and torch.equal(cut.sequences, plain.sequences)
+    streamer = Streamer()
+    found = graphed(model, inputs, **shared, streamer=streamer)
+    assert torch.equal(torch.cat(streamer.pieces[1:]), free) and streamer.ended == 1
+    assert found.forwards == int(found.iterations.sum())
+    assert recorder.captures == len(whole(model)) == 1
+
+
+@pytest.mark.parametrize("adapter", [None, 0.05])
+def test_what_the_host_takes_part_in_keeps_the_forward_alone(adapter, recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    settings = {} if adapter is None else {"adapter": random_adapter("llama", adapter)}
+    for changes in ({"repetition_penalty": 1.3}, {"record_trajectories": True}):
+        wanted = {name: value for name, value in changes.items() if name == "repetition_penalty"}
+        before = recorder.replays
+        found = graphed(model, inputs, max_new_tokens=20, **changes, **settings)
+        assert torch.equal(found.sequences, greedy(model, inputs, max_new_tokens=20, **wanted))
+        assert recorder.replays - before == found.forwards and not whole(model)
+    assert recorder.captures == 1
+    plain = graphed(
+        model, inputs, max_new_tokens=20, record_trajectories=True, compile=None, **settings
+    )
+    assert found.trajectories == plain.trajectories
+
+
+def test_rows_that_are_done_write_nothing(recorder):
+    """Iterations beyond a text's end leave all that a call returns as it is."""
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    graphed(model, inputs, max_new_tokens=20)
+    (static,) = whole(model)
+    state, before = static.state, copy.deepcopy(static.state)
+    assert bool(state.done.all())
+    predictions = torch.randint(3, 90, (2, 6))
+    state.step(predictions, cllm.JacobiConfig(block_size=6))
+    for name in ("sequences", "window", "lengths", "generated", "progress", "done"):
+        assert torch.equal(getattr(state, name), getattr(before, name)), name
+
+
+def test_settings_that_are_fixed_in_a_capture_are_told_apart(recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    expected = greedy(model, inputs, max_new_tokens=20)
+    changes = ({}, {"lookup": 2}, {"lookup_least": 1}, {"accept": "one"}, {"fill": "last"})
+    for count, change in enumerate((*changes, {"fill": "last"}), start=1):
+        found = graphed(model, inputs, max_new_tokens=20, **change)
+        assert torch.equal(found.sequences, expected)
+        assert recorder.captures == min(count, len(changes))
+        assert len(whole(model)) == min(count, graphs.MOST_KEPT)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what a stream that is being captured cannot do."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # values that go to the host, and host values that become tensors
+        if function._opname in ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select"):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["sliding", "block"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_iteration_needs_no_host(gated, mode, recorder, monkeypatch):
+    # which looks first on a CPU, and only there
+    monkeypatch.setattr(cache, "finite_guesses", lambda states, first: states)
+    reads, own = HostReads(), recorder.capture
+
+    def watched(run):
+        with reads:
+            return own(run)
+
+    monkeypatch.setattr(graphs, "capture", watched)
+    settings = {"adapter": random_adapter("llama", 0.05)} if gated else {}
+    if mode == "sliding":
+        settings["pool"] = True
+    model = copy.deepcopy(tiny_model("llama"))
+    graphed(model, prompts([9, 4]), max_new_tokens=20, mode=mode, **settings)
+    assert recorder.captures == 1 and not reads.found
+
+
+def test_adapters_of_the_model_that_are_switched_off(recorder):
+    model, inputs = peft_model(), prompts([9, 4])
+    on = greedy(model, inputs, max_new_tokens=20)
+    assert torch.equal(graphed(model, inputs, max_new_tokens=20).sequences, on)
+    with model.disable_adapter():
+        off = greedy(model, inputs, max_new_tokens=20)
+        assert torch.equal(graphed(model, inputs, max_new_tokens=20).sequences, off)
+    assert not torch.equal(on, off) and recorder.captures == 2
+    assert torch.equal(graphed(model, inputs, max_new_tokens=20).sequences, on)
+    assert recorder.captures == 2
+
+
+def test_the_result_is_not_the_next_calls_memory(recorder):
+    model = copy.deepcopy(tiny_model("llama"))
+    first = graphed(model, prompts([9, 4]), max_new_tokens=20).sequences
+    kept = first.clone()
+    graphed(model, prompts([8, 3], seed=5), max_new_tokens=21)
+    assert torch.equal(first, kept)
+
+
+def test_the_states_bytes_are_counted(recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    graphed(model, inputs, max_new_tokens=20)
+    ((_, kept),) = graphs._kept[model].items()
+    sequences, fill, pool = 2 * 512 * 8, 2 * 518 * 8, 2 * 97 * 8
+    assert graphs.kept_bytes(model) >= kept.cache.nbytes + sequences + fill + pool
 
 
 def test_captures_are_kept_and_bounded(recorder):
@@ -121,9 +326,44 @@ def test_a_capture_that_fails_is_named_once(recorder, monkeypatch, failure):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = cllm.generate(model, **inputs, max_new_tokens=20, block_size=6, compile="graph")
+        again = cllm.generate(model, **inputs, max_new_tokens=20, block_size=6, compile="graph")
     assert torch.equal(found, greedy(model, inputs, max_new_tokens=20))
+    assert torch.equal(again, found)
     told = [str(one.message) for one in caught if "compile='graph'" in str(one.message)]
     assert len(told) == 1 and str(failure) in told[0]
+    assert whole(model) == [None]
+
+
+def test_a_capture_that_fails_half_way_leaves_the_call_as_it_was(recorder, monkeypatch):
+    def fails(run):
+        run()
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    for settings in ({}, {"adapter": random_adapter("llama", 0.05)}, {"mode": "block"}):
+        model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+        plain = graphed(model, inputs, max_new_tokens=20, compile=None, **settings)
+        with pytest.warns(UserWarning, match="the iteration over .* could not be captured"):
+            found = graphed(model, inputs, max_new_tokens=20, **settings)
+        assert torch.equal(found.sequences, plain.sequences)
+        assert torch.equal(found.iterations, plain.iterations)
+        assert found.forwards == plain.forwards
+
+
+def test_autocast_goes_without(recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
+        graphed(model, inputs, max_new_tokens=6)
+    graphed(model, inputs, max_new_tokens=6)
+    assert recorder.captures == 1
+
+
+def test_inference_mode_has_buffers_of_its_own(recorder):
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    expected = greedy(model, inputs, max_new_tokens=20)
+    with torch.inference_mode():
+        assert torch.equal(graphed(model, inputs, max_new_tokens=20).sequences, expected)
+    assert torch.equal(graphed(model, inputs, max_new_tokens=20).sequences, expected)
 
 
 def test_a_layout_that_follows_the_text_goes_without(recorder):
@@ -163,11 +403,42 @@ def test_without_a_gpu_it_is_refused():
 def test_on_a_gpu(family, dtype):
     model = copy.deepcopy(tiny_model(family, dtype)).cuda()
     inputs = {name: tensor.cuda() for name, tensor in prompts([9, 4]).items()}
-    for changes in ({}, {"adapter": random_adapter(family, 0.05)}):
-        settings = dict(max_new_tokens=40, block_size=6, **changes)
+    adapter = random_adapter(family, 0.05)
+    every = [
+        {},
+        {"adapter": adapter},
+        {"mode": "block"},
+        {"fill": "last", "lookup": 0},
+        {"adapter": adapter, "verify_size": 3, "pool": True},
+        {"do_sample": True, "seed": 3},
+        {"repetition_penalty": 1.3},
+        {"max_iterations": 5},
+    ]
+    # a graph's forward sees a longer cache, which rounds otherwise; near-ties are rare in fp32 only
+    for changes in every if dtype == torch.float32 else every[:2]:
+        settings = dict(max_new_tokens=40, block_size=6, return_dict_in_generate=True, **changes)
         plain = cllm.generate(model, **inputs, **settings)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for _ in range(2):
                 found = cllm.generate(model, **inputs, **settings, compile="graph")
-                assert torch.equal(found, plain)
+                assert torch.equal(found.sequences, plain.sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_other_lengths_share_a_capture_on_a_gpu(monkeypatch):
+    captures = []
+    own = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda run: captures.append(run) or own(run))
+    model = copy.deepcopy(tiny_model("llama")).cuda()
+    adapter = random_adapter("llama", 0.05)
+    for count, (lengths, tokens) in enumerate((([9, 4], 40), ([3, 20], 25), ([1, 1], 60))):
+        inputs = {name: one.cuda() for name, one in prompts(lengths, seed=count).items()}
+        for settings in ({}, {"adapter": adapter}):
+            found = graphed(model, inputs, max_new_tokens=tokens, **settings)
+            assert torch.equal(found.sequences, greedy(model, inputs, max_new_tokens=tokens))
+            assert found.forwards == int(found.iterations.max()) + 1
+            torch.cuda.empty_cache()  # what a capture reads and nobody holds would be gone now
+            torch.full((1 << 24,), float("nan"), device="cuda")
+    assert len(captures) == 2

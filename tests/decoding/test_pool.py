@@ -46,6 +46,25 @@ def test_the_latest_token_behind_each(texts, data, forwards, width):
         assert improved == expected
 
 
+def test_a_clone_goes_its_own_way_until_it_is_loaded():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(width):
+        return torch.randint(V, (2, width), generator=generator)
+
+    pool, other = (GuessPool(draw(6), torch.tensor([6, 4]), V) for _ in range(2))
+    twin, window = pool.clone(), draw(5)
+    pool.add(draw(3), draw(3))
+    other.load(pool)
+    for steps in range(3):
+        assert torch.equal(other.improved(window), pool.improved(window)), steps
+        tokens, predictions = draw(4), draw(4)
+        other.add(tokens, predictions)
+        pool.add(tokens, predictions)
+    assert not torch.equal(twin._latest, pool._latest)
+    assert twin.nbytes == pool.nbytes == 8 * (2 * V + 1)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("lookup", [0, 3])
 def test_the_text_is_greedy_searchs(family, lookup):

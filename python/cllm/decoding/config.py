@@ -53,9 +53,10 @@ class JacobiConfig:
             guesses an adapter makes (`cllm.GatedAdapter`): such a forward has v + n rows, and
             commits v tokens at most. Fewer than ``n`` in sliding mode only. ``None``: ``n``.
             Without an adapter there is nothing to set.
-        compile: ``"graph"`` captures the forward over a window in a CUDA graph and replays it, see
-            `cllm.decoding.graphs`; a model keeps its captures for further calls. ``None``: every
-            forward is launched kernel by kernel.
+        compile: ``"graph"`` captures whole iterations in a CUDA graph and replays it, see
+            `cllm.decoding.graphs`; with logits processors, samples or recorded trajectories the
+            forward over a window alone. A model keeps its captures for further calls. ``None``:
+            everything is launched kernel by kernel.
 
     Raises:
         ValueError: naming every field that has a bad value.

@@ -19,14 +19,15 @@ from .auto import choose
 from .checks import check_inputs, check_options, check_verify_size
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
-from .gated import GatedLoop
-from .graphs import graphed_forward
+from .gated import GatedIteration
+from .graphs import GraphedForward, graphed_forward
 from .lookup import Lookup
-from .loop import DecodingLoop, WindowState
+from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
+from .static_loop import graphed_loop
 from .stopping import StopRules
 from .support import ModelTraits, check_model
 
@@ -220,6 +221,7 @@ def _start(
         layout=layout,
         head=head,
     )
+    forward: BlockForward
     if settings.compile is None:
         forward = BlockForward(model, traits, **shape)
     else:
@@ -245,13 +247,18 @@ def _start(
         lookup = Lookup(settings.longest_lookup, settings.least_lookup(gated), width - lengths)
     if settings.pools(gated) and settings.width > 1:
         pool = GuessPool(prompts, lengths, traits.vocab_size)
-    predictor = Predictor(processors, noise, forward.head)
-    extra = dict(
-        prompt_width=width, lookup=lookup, pool=pool, predictor=predictor, streamer=streamer
+    sources: dict[str, Any] = dict(
+        lookup=lookup, pool=pool, predictor=Predictor(processors, noise, forward.head)
     )
+    iteration: WindowIteration
     if gate is None:
-        return DecodingLoop(forward, state, settings, rules, **extra), seconds
-    return GatedLoop(forward, state, settings, rules, gate=gate, **extra), seconds
+        iteration = WindowIteration(forward, state, settings, **sources)
+    else:
+        iteration = GatedIteration(forward, state, settings, gate=gate, **sources)
+    told: dict[str, Any] = dict(prompt_width=width, streamer=streamer)
+    if isinstance(forward, GraphedForward):
+        return graphed_loop(forward, iteration, rules, **told), seconds
+    return DecodingLoop(iteration, rules, **told), seconds
 
 
 def _window_rows(settings: JacobiConfig, gate: Gate | None) -> int:
@@ -299,7 +306,7 @@ def _result(
         decode_seconds=loop.seconds,
         trajectories=trajectories,
         block_size=loop.config.width,
-        verify_size=loop.verify,
+        verify_size=loop.iteration.verify,
     )
 
 

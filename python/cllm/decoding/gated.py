@@ -1,4 +1,4 @@
-"""The decoding loop with an adapter: verify rows decide, guess rows propose."""
+"""An iteration with an adapter: verify rows decide, guess rows propose."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 import torch
 
 from ..adapter import Gate
-from .loop import DecodingLoop
+from .loop import HostView, WindowIteration
 from .predict import columns_from
 
 
-class GatedLoop(DecodingLoop):
-    """Runs the iterations of one call whose guesses an adapter makes.
+class GatedIteration(WindowIteration):
+    """An iteration whose guesses an adapter makes.
 
     Args:
         gate: of `GatedAdapter.applied`, around the model of `forward`.
-        others: those of `DecodingLoop`; the window of `state` has ``n = config.block_size`` tokens.
+        others: those of `WindowIteration`; the window of `state` has ``n = config.block_size``
+            tokens.
     """
 
     def __init__(self, *args: Any, gate: Gate, **others: Any):
@@ -24,20 +25,20 @@ class GatedLoop(DecodingLoop):
         self.gate = gate
         self.verify = self.config.verify_size or self.config.width
 
-    def _iterate(self) -> None:
+    def run(self, host: HostView) -> list[torch.Tensor]:
+        """As `WindowIteration.run`."""
         state, config = self.state, self.config
         verify = config.verify_size or config.width
+        self._improve(host.end)
         window = state.window
         batch, width = window.shape
-        host_lengths = [row.length for row in self.rows]
         with self.gate.open(verify, batch, verify + width):
-            logits = self.forward.gated_window(window, verify, state.lengths, host_lengths)
-        self.forwards += 1
+            logits = self.forward.gated_window(window, verify, state.lengths, host.lengths)
         columns = self._columns()
         checked = window[:, :verify].clone(memory_format=torch.contiguous_format)
         if self.predictor.needs_prefixes:
             predictions = self.predictor.tokens(
-                logits[:, :verify], checked, state.sequences, columns, self._starts()
+                logits[:, :verify], checked, state.sequences, columns, host.starts
             )
             places = None if columns is None else columns_from(columns, width)
             guesses = self.predictor.guesses(logits[:, verify:], places)
@@ -49,9 +50,10 @@ class GatedLoop(DecodingLoop):
             predictions, guesses = drafted[:, :verify].contiguous(), drafted[:, verify:]
         if self.pool is not None:
             self.pool.add(checked, predictions)
+        recorded = [window.clone(), predictions, guesses] if config.record_trajectories else []
         lengths = state.lengths.clone()
         state.step(predictions, config, checked)
-        state.window = next_window(
+        following = next_window(
             checked,
             guesses,
             kept=state.lengths - lengths,
@@ -59,10 +61,8 @@ class GatedLoop(DecodingLoop):
             generated=state.generated,
             fill=state.fill,
         )
-        if config.record_trajectories:
-            self._read_back(predictions, window, guesses)
-        else:
-            self._read_back(predictions, None)
+        window.copy_(following)
+        return recorded
 
 
 def next_window(

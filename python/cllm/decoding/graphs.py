@@ -1,9 +1,9 @@
-"""CUDA graphs of the forward over a window: one launch, where Python launches a thousand kernels.
+"""CUDA graphs of decoding: one launch, where Python launches a thousand kernels.
 
-Every shape of such a forward is fixed: the cache has its full size from the start, masks and places
-are made on the device from the rows' lengths. So a forward is captured once for each width and
-replayed with other tokens and lengths. What stands around it, predictions and the fixed-point step,
-is a handful of launches and works on the logits as ever.
+Every shape of a forward over a window is fixed: the cache has its full size from the start, masks
+and places are made on the device from the rows' lengths. So it is captured once and replayed with
+other tokens and lengths. Where nothing in an iteration needs the host, the graph holds all of it,
+see `static_loop`; else the forward alone (`GraphedForward.window`).
 
 A model keeps its captures from one call to the next, `MOST_KEPT` of them, with the caches they
 write to. Where a capture fails the call goes on without one, says so once, and gives the same text.
@@ -16,20 +16,31 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cllm_kernels import current_backend
+
+from ..adapter import low_rank
+from ..linears import _terms
+from .attention import chosen_implementation
 from .cache import VIEW_STEP, round_up
 from .forward import BlockForward, Layout
+from .layers import NativeLayer
 from .support import ModelTraits
+
+if TYPE_CHECKING:
+    from .static_loop import StaticIteration
 
 # Each holds a KV cache and the activations of a forward.
 MOST_KEPT = 4
 DEVICES = ("cuda",)
 _WARM_UP = 2
+
+Capture = tuple[torch.Tensor, Callable[[], Any]]
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Captured:
     replay: Callable[[], Any]
 
 
-def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], Any]]:
+def capture(run: Callable[[], torch.Tensor]) -> Capture:
     """The result of `run`, and what computes it anew in the same place.
 
     Raises:
@@ -66,7 +77,12 @@ def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[],
 
 
 class GraphedForward(BlockForward):
-    """A `BlockForward` whose windows are captured at their first forward.
+    """A `BlockForward` that is captured, by the window or as a part of whole iterations.
+
+    Attributes:
+        by_window: a window is captured at its first forward and replayed from then on; False while
+            whole iterations are captured, or could not be.
+        iterations: those captured, by what is fixed in them; None: it could not be captured.
 
     Args:
         others: those of `BlockForward`.
@@ -76,7 +92,10 @@ class GraphedForward(BlockForward):
         super().__init__(*args, **others, fixed=True)
         self.model: Any = self.model
         self.adapter: Any = None
+        self.by_window = True
+        self.iterations: OrderedDict[tuple, StaticIteration | None] = OrderedDict()
         self._captured: dict[tuple[int | None, int], Captured | None] = {}
+        self._held: list[Any] = []
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
@@ -103,9 +122,13 @@ class GraphedForward(BlockForward):
         lengths: torch.Tensor,
         run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
+        if not self.by_window:
+            return run(tokens, lengths)
         key = (verify, tokens.shape[1])
         if key not in self._captured:
-            self._captured[key] = self._capture(tokens.clone(), lengths.clone(), run)
+            own = tokens.clone(), lengths.clone()
+            found = self.attempt(lambda: run(*own), f"forward over {list(tokens.shape)} tokens")
+            self._captured[key] = None if found is None else Captured(*own, *found)
         captured = self._captured[key]
         if captured is None:
             return run(tokens, lengths)
@@ -114,26 +137,65 @@ class GraphedForward(BlockForward):
         captured.replay()
         return captured.given
 
-    def _capture(
-        self,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor,
-        run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> Captured | None:
+    def attempt(self, run: Callable[[], torch.Tensor], what: str) -> Capture | None:
+        """`capture` of something that runs this forward; None, and a warning, where that fails.
+
+        Args:
+            what: names it in the warning.
+        """
         try:
-            if self.plan.right_aligned:
-                raise ValueError("its layout is right-aligned, at places that follow the text")
-            given, replay = capture(lambda: run(tokens, lengths))
+            self._refuse()
+            found = capture(run)
         except (RuntimeError, ValueError, AttributeError, TypeError) as failure:
             reason = str(failure).strip().splitlines() or ["no message"]
             warnings.warn(
-                f"compile='graph': the forward of {type(self.model).__name__} over "
-                f"{list(tokens.shape)} tokens could not be captured and goes on without a graph "
-                f"({type(failure).__name__}: {reason[0]})",
+                f"compile='graph': the {what} of {type(self.model).__name__} could not be captured "
+                f"and goes on without a graph ({type(failure).__name__}: {reason[0]})",
                 stacklevel=2,
             )
             return None
-        return Captured(tokens, lengths, given, replay)
+        self._held += _surroundings(self.model)
+        return found
+
+    def _refuse(self) -> None:
+        """Raises ValueError for what a capture would take down wrongly."""
+        if self.plan.right_aligned:
+            raise ValueError("its layout is right-aligned, at places that follow the text")
+        places = sorted({str(parameter.device) for parameter in self.model.parameters()})
+        if len(places) > 1:
+            raise ValueError(f"its weights are on several devices: {', '.join(places)}")
+        if torch.is_autocast_enabled(self.plan.device.type):
+            raise ValueError("autocast is on, and lets go of its casts of the weights")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV cache, and of what whole iterations work on."""
+        found = [one.nbytes for one in self.iterations.values() if one is not None]
+        return self.cache.nbytes + sum(found)
+
+
+def _surroundings(model: Any) -> list[Any]:
+    """What a call puts around the modules of `model`: an adapter's hooks and terms, native layers.
+    They hold casts of an adapter's weights, which a capture reads by address in later calls."""
+    found: list[Any] = []
+    for module in model.modules():
+        found += _terms.get(module, ())
+        for hook in module._forward_hooks.values():
+            if getattr(hook, "__module__", None) == low_rank.__name__:
+                found.append(hook)
+        native = getattr(vars(module).get("forward"), "__self__", None)
+        if isinstance(native, NativeLayer):
+            found.append(native)
+    return found
+
+
+def _tuner_states(model: Any) -> list[tuple[bool, str, bool]]:
+    """Which adapters the PEFT layers of `model` apply; to switch them changes no address."""
+    return [
+        (module._disable_adapters, str(module.active_adapters), module.merged)
+        for module in model.modules()
+        if hasattr(module, "_disable_adapters")
+    ]
 
 
 _lock = threading.Lock()
@@ -155,7 +217,7 @@ def graphed_forward(
     layout: Layout,
     head: Any = None,
     adapter: Any = None,
-) -> Iterator[BlockForward]:
+) -> Iterator[GraphedForward]:
     """A forward for one call, with the captures of earlier calls of its shape.
 
     Args:
@@ -172,7 +234,18 @@ def graphed_forward(
     slots = round_up(slots, VIEW_STEP)
     # a capture reads weights by their address, and the adapter's, which it therefore keeps alive
     weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
-    key = (batch, slots, device, position_limit, layout, head is None, weights, id(adapter))
+    # what else decides which kernels run, and whether calls may write to each other's tensors
+    modes = (
+        chosen_implementation(model.config.get_text_config()),
+        current_backend(),
+        torch.is_autocast_enabled(device.type),
+        torch.is_inference_mode_enabled(),
+        *_tuner_states(model),
+    )
+    key = (
+        *(batch, slots, device, position_limit, layout, head is None, weights, id(adapter)),
+        *modes,
+    )
     with _lock:
         forward = _kept.setdefault(model, OrderedDict()).pop(key, None)
     if forward is None:
@@ -187,8 +260,10 @@ def graphed_forward(
             head=head,
         )
         forward.adapter = adapter
-    forward.model = model
-    yield forward
+    forward.model, forward.by_window = model, True
+    # streams, and with them captures, are those of the current device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield forward
     # only whole calls put it back: one that failed may have failed in a capture
     forward.model = None  # or the model would be kept alive by what it is the key of
     with _lock:
@@ -205,8 +280,8 @@ def forget(model: Any) -> None:
 
 
 def kept_bytes(model: Any) -> int:
-    """Bytes of the KV caches that captures of `model` keep; a capture's activations, which torch
-    holds in a pool of its own, come on top."""
+    """Bytes of the KV caches and states that captures of `model` keep; a capture's activations,
+    which torch holds in a pool of its own, come on top."""
     with _lock:
         forwards = list(_kept.get(model, {}).values())
-    return sum(forward.cache.nbytes for forward in forwards)
+    return sum(forward.nbytes for forward in forwards)

@@ -1,4 +1,8 @@
-"""The decoding loop: forward, predict, step, one readback; until every row is done."""
+"""The decoding loop: forward, predict, step, one readback; until every row is done.
+
+What an iteration does on the device (`WindowIteration`) stands apart from what the host has to do
+with it (`DecodingLoop`), so that a graph can hold the one and the other can lag behind.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -103,6 +107,94 @@ class WindowState:
             accept=config.accept,
         )
 
+    def report(self) -> torch.Tensor:
+        """[B, 4] int64: `generated`, `lengths`, `progress` and `done`, all that the host needs."""
+        done = self.done.long()
+        return torch.stack([self.generated, self.lengths, self.progress, done], dim=1)
+
+
+class HostView(NamedTuple):
+    """What the host knows of the rows before an iteration.
+
+    Attributes:
+        lengths: tokens of each row in the cache.
+        starts: column of the output that the token behind each window's first is for.
+        end: no row's text goes beyond this column.
+    """
+
+    lengths: list[int]
+    starts: list[int]
+    end: int
+
+
+class WindowIteration:
+    """One iteration on the device: nothing is read back, and the state changes in place.
+
+    Attributes:
+        verify: tokens of a window that are checked, where that is not all of it.
+
+    Args:
+        forward: the prefilled block forward.
+        state: the rows.
+        lookup, pool: where guesses come from beside the predictions; None: from nowhere.
+        predictor: makes tokens of what `forward` gives; None: by a plain argmax.
+    """
+
+    verify: int | None = None
+
+    def __init__(
+        self,
+        forward: BlockForward,
+        state: WindowState,
+        config: JacobiConfig,
+        *,
+        lookup: Lookup | None = None,
+        pool: GuessPool | None = None,
+        predictor: Predictor | None = None,
+    ):
+        self.forward = forward
+        self.state = state
+        self.config = config
+        self.lookup = lookup
+        self.pool = pool
+        self.predictor = predictor or Predictor()
+
+    def run(self, host: HostView) -> list[torch.Tensor]:
+        """Improve the window, feed it, commit what is final; the next window is in the state then.
+
+        Returns:
+            What trajectories record of it, each of B rows: the window that was fed [B, n], the
+            predictions of the tokens that were checked [B, v], and those of the guess rows [B, n]
+            where there are some; nothing where nothing is recorded.
+        """
+        state, config = self.state, self.config
+        self._improve(host.end)
+        given = self.forward.window(state.window, state.lengths, host.lengths)
+        predictions = self.predictor.tokens(
+            given, state.window, state.sequences, self._columns(), host.starts
+        )
+        if self.pool is not None:
+            self.pool.add(state.window, predictions)
+        recorded = [state.window.clone(), predictions] if config.record_trajectories else []
+        state.step(predictions, config)
+        return recorded
+
+    def _improve(self, end: int) -> None:
+        """Better guesses for the window: from the text, else from earlier predictions."""
+        state = self.state
+        if self.pool is not None:
+            state.window.copy_(self.pool.improved(state.window))
+        if self.lookup is not None:
+            found = self.lookup.improved(state.window, state.sequences, state.generated, end)
+            state.window.copy_(found)
+
+    def _columns(self) -> torch.Tensor | None:
+        """[B] column of the output that the token behind each window's first is for; None where
+        only its prediction counts, not its place."""
+        if self.predictor.noise is None:
+            return None
+        return self.state.generated - self.state.progress
+
 
 class HostRow:
     """What the host knows of one row after the latest readback."""
@@ -119,43 +211,26 @@ class HostRow:
 class DecodingLoop:
     """Runs the iterations of one call.
 
-    Attributes:
-        verify: tokens of a window that are checked, where that is not all of it.
-
     Args:
-        forward: the prefilled block forward.
-        state: the rows.
-        prompt_width: P, columns of `state.sequences` that hold the (padded) prompts.
-        lookup, pool: where guesses come from beside the predictions; None: from nowhere.
-        predictor: makes tokens of what `forward` gives; None: by a plain argmax.
+        prompt_width: P, columns of the state's sequences that hold the (padded) prompts.
         streamer: told of accepted tokens as they come (batch of 1).
     """
 
-    verify: int | None = None
-
     def __init__(
         self,
-        forward: BlockForward,
-        state: WindowState,
-        config: JacobiConfig,
+        iteration: WindowIteration,
         rules: StopRules,
         *,
         prompt_width: int,
-        lookup: Lookup | None = None,
-        pool: GuessPool | None = None,
-        predictor: Predictor | None = None,
         streamer: Any = None,
     ):
-        self.forward = forward
-        self.state = state
-        self.config = config
+        self.iteration = iteration
+        self.state = iteration.state
+        self.config = iteration.config
         self.rules = rules
         self.prompt_width = prompt_width
-        self.lookup = lookup
-        self.pool = pool
-        self.predictor = predictor or Predictor()
         self.streamer = streamer
-        self.rows = [HostRow(prompt_width, length) for length in state.lengths.tolist()]
+        self.rows = [HostRow(prompt_width, length) for length in self.state.lengths.tolist()]
         # (tokens that a row's forward committed, it ended the row) to how often
         self.runs: Counter[tuple[int, bool]] = Counter()
         self.forwards = 0
@@ -164,72 +239,43 @@ class DecodingLoop:
     def run(self) -> None:
         """Iterate until every row is done, time is up or `max_iterations` are spent."""
         started = time.perf_counter()
-        self._look_up()
         while not all(row.done for row in self.rows):
             if self.forwards == self.config.max_iterations:
                 break
             self._iterate()
-            self._look_up()
             if self.rules.per_iteration and self.rules.out_of_time(self.state.sequences):
                 break
-        self.seconds = time.perf_counter() - started
+        self._finish()
+        self.seconds += time.perf_counter() - started
         if self.streamer is not None:
             self.streamer.end()
 
-    def _look_up(self) -> None:
-        """Better guesses for the next window: from the text, else from earlier predictions."""
-        if self.pool is not None:
-            self.state.window = self.pool.improved(self.state.window)
-        if self.lookup is None:
-            return
-        state, end = self.state, max(row.generated for row in self.rows)
-        state.window = self.lookup.improved(state.window, state.sequences, state.generated, end)
-
     def _iterate(self) -> None:
-        state, config = self.state, self.config
-        host_lengths = [row.length for row in self.rows]
-        given = self.forward.window(state.window, state.lengths, host_lengths)
-        self.forwards += 1
-        predictions = self.predictor.tokens(
-            given, state.window, state.sequences, self._columns(), self._starts()
+        rows = self.rows
+        view = HostView(
+            lengths=[row.length for row in rows],
+            starts=[row.generated - row.progress for row in rows],
+            end=max(row.generated for row in rows),
         )
-        if self.pool is not None:
-            self.pool.add(state.window, predictions)
-        before = state.window.clone() if config.record_trajectories else None
-        state.step(predictions, config)
-        self._read_back(predictions, before)
+        recorded = self.iteration.run(view)
+        self.forwards += 1
+        parts = [self.state.report(), *recorded]
+        # the iteration's one transfer to the host
+        table = torch.cat(parts, dim=1).tolist()
+        self._take(table, [part.shape[1] for part in parts])
 
-    def _columns(self) -> torch.Tensor | None:
-        """[B] column of the output that the token behind each window's first is for; None where
-        only its prediction counts, not its place."""
-        if self.predictor.noise is None:
-            return None
-        return self.state.generated - self.state.progress
+    def _finish(self) -> None:
+        """Called behind the last iteration."""
 
-    def _starts(self) -> list[int]:
-        """The same on the host."""
-        return [row.generated - row.progress for row in self.rows]
-
-    def _read_back(
-        self,
-        predictions: torch.Tensor,
-        before: torch.Tensor | None,
-        guesses: torch.Tensor | None = None,
-    ) -> None:
-        """The iteration's one transfer to the host, and what the host has to do with it.
+    def _take(self, table: list[list[int]], widths: list[int]) -> None:
+        """What the host has to do with an iteration.
 
         Args:
-            predictions: [B, v] of the tokens that were checked.
-            before: [B, n] the window that was fed, to record; None: nothing is recorded.
-            guesses: [B, n] of the guess rows, where there are some.
+            table: of every row its report, and behind it what is recorded of it, if anything is.
+            widths: of the parts of such a row.
         """
-        state = self.state
-        columns = [state.generated, state.lengths, state.progress, state.done]
-        parts = [torch.stack(columns, dim=1)]
-        if before is not None:
-            parts += [before, predictions] if guesses is None else [before, predictions, guesses]
-        ends = list(accumulate(part.shape[1] for part in parts))
-        for index, values in enumerate(torch.cat(parts, dim=1).tolist()):
+        ends = list(accumulate(widths))
+        for index, values in enumerate(table):
             row = self.rows[index]
             if row.done:
                 continue
@@ -237,12 +283,12 @@ class DecodingLoop:
             kept = self._host_stop(index, row.generated, generated)
             accepted = generated - row.generated if kept is None else kept
             row.iterations += 1
-            if before is not None:
+            if len(ends) > 1:
                 fields = [values[start:end] for start, end in pairwise(ends)]
                 row.records.append(self._record(row, accepted, *fields))
             if self.streamer is not None and accepted:
                 start = row.generated
-                self.streamer.put(state.sequences[index, start : start + accepted].cpu())
+                self.streamer.put(self.state.sequences[index, start : start + accepted].cpu())
             row.generated += accepted
             row.length, row.progress = length, progress
             row.done = bool(done) or kept is not None

@@ -8,6 +8,8 @@ it); the prompt's own pairs are there from the start.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 
@@ -28,7 +30,8 @@ class GuessPool:
         self.vocabulary = vocabulary
         # [B, V] stamp * V + token, so that the latest of several is the largest; -1: none yet
         self._latest = prompts.new_full((batch, vocabulary), -1)
-        self._stamp = width
+        # on the device, as a captured iteration goes on from where it was at each replay
+        self._stamp = torch.full((), width, dtype=torch.long, device=prompts.device)
         places = torch.arange(width - 1, device=prompts.device)
         pairs = places * vocabulary + prompts[:, 1:]
         pairs = pairs.masked_fill(places >= (lengths - 1)[:, None], -1)
@@ -37,10 +40,26 @@ class GuessPool:
     def add(self, window: torch.Tensor, predictions: torch.Tensor) -> None:
         """Keep the predictions [B, n] behind the tokens of a window [B, n]."""
         width = window.shape[1]
-        places = torch.arange(self._stamp, self._stamp + width, device=window.device)
+        places = self._stamp + torch.arange(width, device=window.device)
         self._stamp += width
         pairs = places * self.vocabulary + predictions
         self._latest.scatter_reduce_(1, window, pairs, "amax")
+
+    def clone(self) -> GuessPool:
+        """One of its own that knows the same."""
+        made = copy.copy(self)
+        made._latest, made._stamp = self._latest.clone(), self._stamp.clone()
+        return made
+
+    def load(self, other: GuessPool) -> None:
+        """Know what `other`, of the same batch and vocabulary, does, in the same memory."""
+        self._latest.copy_(other._latest)
+        self._stamp.copy_(other._stamp)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._latest.nbytes + self._stamp.nbytes
 
     def improved(self, window: torch.Tensor) -> torch.Tensor:
         """The window [B, n] with the latest token behind each token in the place after it, from the
