@@ -23,6 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,17 @@ class Comparison:
     def contestants(self) -> Iterator[Contestant]:
         options = self.options
         most = min(options.warm_up_tokens, *(task.max_new_tokens for task in self.tasks))
-        for name in options.contender or CONTENDERS:
-            warm_up = [one for size in options.batch for one in self._warm_batches(size)]
-            one = Contestant(name, self.setup, torch.get_num_threads(), warm_up, most)
+        warm_up = [one for size in options.batch for one in self._warm_batches(size)]
+
+        def start(name: str) -> Contestant:
+            return Contestant(name, self.setup, torch.get_num_threads(), warm_up, most)
+
+        # on a CPU one by one, so that nobody tunes itself while others are at work
+        at_once = len(CONTENDERS) if options.device.startswith("cuda") else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            started = list(pool.map(start, options.contender or CONTENDERS))
+        for one in started:
+            name = one.name
             if one.absent is None:
                 print(f"{name}: ready", flush=True)
                 yield one

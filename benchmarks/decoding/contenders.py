@@ -243,7 +243,10 @@ def _flashspec(setup: Setup) -> Decode:
 
 
 def _config(setup: Setup, changes: dict[str, Any]) -> cllm.JacobiConfig:
-    return cllm.JacobiConfig(**({"block_size": setup.block_size} | changes))
+    given: dict[str, Any] = {"block_size": setup.block_size} | changes
+    if setup.device.startswith("cuda") and given["block_size"] != "auto":
+        given["compile"] = "graph"
+    return cllm.JacobiConfig(**given)
 
 
 def _jacobi(**changes: Any) -> Callable[[Setup], Decode]:

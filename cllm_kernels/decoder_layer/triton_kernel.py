@@ -1,5 +1,6 @@
 """decoder_layer on a GPU: torch's matrix products, `block_attention`, and what stands between them
-in three Triton kernels instead of some twenty launches of torch's.
+in three Triton kernels instead of some twenty launches of torch's (`triton_low_rank`: a fourth, for
+adapters).
 
 Where a window stands twice, attention runs twice over the same cache: first for the guess rows,
 whose keys and values are written to the verify rows' slots, then for the verify rows, which
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 
 from cllm_kernels._triton import FUSION, device_of
 from cllm_kernels.block_attention.triton_kernel import block_attention
+from cllm_kernels.decoder_layer.triton_low_rank import add_low_rank
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
 _GATED_BLOCK = 1024  # elements of a program of `silu_mul_kernel`
@@ -197,7 +199,7 @@ def decoder_layer(
         """The linear layers of `indices` on the same x [B, n, width]."""
         outs = [linear(x, weights.linears[i], weights.biases[i]) for i in indices]
         if gated_from < n:
-            _add_low_rank(outs, [weights.low_rank[i] for i in indices], x, gated_from)
+            add_low_rank(outs, [weights.low_rank[i] for i in indices], x, gated_from)
         return outs
 
     with device_of(hidden):
@@ -227,16 +229,3 @@ def decoder_layer(
         gate, up = project((4, 5), x)
         (down,) = project((6,), silu_mul(gate, up))
         return h + down
-
-
-def _add_low_rank(
-    outs: list[Tensor],
-    pairs: list[tuple[Tensor, Tensor] | None],
-    x: Tensor,
-    first: int,
-) -> None:
-    """Adds (x A^T) B^T to the tokens from `first` on of each of `outs` [B, n, rows], in place."""
-    gated = x[:, first:].flatten(0, 1)
-    for out, pair in zip(outs, pairs, strict=True):
-        if pair is not None:
-            out[:, first:] += linear(linear(gated, pair[0]), pair[1]).view(out[:, first:].shape)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,8 +79,10 @@ def built() -> dict[str, Any]:
 
 def run_tests(scratch: Path) -> dict[str, Any]:
     report = scratch / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"]
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/decoding", "-m", "gpu", "-q"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+    if find_spec("xdist"):  # most of the time is spent on compiling kernels
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     status = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
     if not report.exists():
         return {"exit_status": status, "error": "pytest wrote no report"}
@@ -182,16 +185,19 @@ def main(argv: list[str] | None = None) -> int:
         "sanitizer": {},
     }
     sanitizer = find_sanitizer()
-    with tempfile.TemporaryDirectory() as scratch:
-        if not options.skip_tests:
-            record["tests"] = run_tests(Path(scratch))
-        for tool in filter(None, options.tools.split(",")):
-            if sanitizer is None:
-                reason = "compute-sanitizer was not found (PATH, CUDA_HOME, beside nvcc)"
-                report = {"complete": False, "errors": None, "raised": [], "reason": reason}
-            else:
-                report = run_tool(sanitizer, tool, Path(scratch))
-            record["sanitizer"][tool] = report
+    # nothing is timed, so all of it may run at once
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:
+        tests = None if options.skip_tests else pool.submit(run_tests, Path(scratch))
+        tools = list(filter(None, options.tools.split(",")))
+        if sanitizer is not None:
+            reports = pool.map(lambda tool: run_tool(sanitizer, tool, Path(scratch)), tools)
+            record["sanitizer"] = dict(zip(tools, reports, strict=True))
+        else:
+            reason = "compute-sanitizer was not found (PATH, CUDA_HOME, beside nvcc)"
+            missing = {"complete": False, "errors": None, "raised": [], "reason": reason}
+            record["sanitizer"] = {tool: dict(missing) for tool in tools}
+        if tests is not None:
+            record["tests"] = tests.result()
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     path = write_record(record, folder(torch.device("cuda")), f"tests_{date}")
     print("\n".join([*summary(record), f"record: {path}"]))

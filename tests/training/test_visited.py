@@ -117,8 +117,12 @@ def test_windows_of_several_sizes_keep_them():
 
 def test_predictions_that_belong_to_no_row():
     store = VisitedWindows(1, 1, 4)
-    with pytest.raises(ValueError, match="more predictions than rows"):
-        store.advance(examples_of([1, 2], [3, 4, 5, 6, 7]), 0, 0, [1] * 9)
+    example = examples_of([1, 2], [3, 4, 5, 6, 7])
+    rows = sum(len(window.rows(text_of(example))) for window in store.draw(example, 0, 0))
+    for count, what in ((rows + 1, "more"), (rows - 1, "fewer")):
+        with pytest.raises(ValueError, match=f"{what} predictions than rows"):
+            store.advance(example, 0, 0, [1] * count)
+    assert bool((store.state()["starts"] == -1).all())  # nothing has moved
 
 
 # ---- the walk ----

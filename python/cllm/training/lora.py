@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,31 @@ def add_adapters(model: Any, args: ConsistencyTrainingArguments) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_targets {args.lora_targets!r}: {error}") from error
+
+
+@contextmanager
+def without_input_casts(layers: list[Any]) -> Iterator[None]:
+    """Under autocast, PEFT's layers turn their inputs into fp32, the dtype of their weights, only
+    for autocast to turn them back: a third of what a forward of adapters writes.
+
+    Args:
+        layers: of PEFT (`lora_layers`).
+    """
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+
+
+def lora_layers(model: Any, args: ConsistencyTrainingArguments) -> list[Any]:
+    """The layers of `model` whose inputs autocast casts; none where it does not, or not always:
+    checkpointed layers run again in the backward pass."""
+    if not (args.bf16 or args.fp16) or args.gradient_checkpointing or not is_peft(model):
+        return []
+    return [layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
 
 
 def _started_from(model: Any, folder: Path) -> Any:

@@ -41,8 +41,9 @@ class PackedSample:
     Attributes:
         clean: [C] tokens x + l without the last.
         segments: (visible, tokens) of each noisy segment, `visible` also its first position.
-        rows: (student, teacher, label) per counted row. A place is (segment, position), segment 0
-            being the clean text; the label is IGNORED where the teacher is noisy or seen before.
+        positions: of each counted row, and of its teacher.
+        students, teachers: the segments that they are in, 0 being the clean text.
+        taught: the teacher's next token, IGNORED where the teacher is noisy or seen before.
         weights: of each counted row.
         number: of the data set's row (`SampledExample.number`).
         labels: (position, token) of the clean rows that are nobody's teacher.
@@ -51,11 +52,21 @@ class PackedSample:
 
     clean: list[int]
     segments: list[tuple[int, list[int]]] = field(default_factory=list)
-    rows: list[tuple[tuple[int, int], tuple[int, int], int]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    students: list[int] = field(default_factory=list)
+    teachers: list[int] = field(default_factory=list)
+    taught: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     number: int = -1
     labels: list[tuple[int, int]] = field(default_factory=list)
     nominal: int = 0
+
+    @property
+    def rows(self) -> list[tuple[tuple[int, int], tuple[int, int], int]]:
+        """(student, teacher, label) of each counted row, a place being (segment, position)."""
+        students = zip(self.students, self.positions, strict=True)
+        teachers = zip(self.teachers, self.positions, strict=True)
+        return list(zip(students, teachers, self.taught, strict=True))
 
     @property
     def noisy(self) -> int:
@@ -98,30 +109,33 @@ def pack_sample(
             numbers[entry, state] = len(packed.segments)
         return numbers.get((entry, state), 0), wrong, len(guesses)
 
-    taught: set[int] = set()
-
-    def add_row(segment: int, position: int, teacher: int, weight: float = 1.0) -> None:
-        label = IGNORED
-        if teacher == 0 and position not in taught:
-            taught.add(position)
-            label = text[position + 1]
-        packed.rows.append(((segment, position), (teacher, position), label))
-        packed.weights.append(weight)
-
+    longest = max((len(window.guesses) for window in sample.windows), default=0)
+    decays = [row_decay**distance for distance in range(longest)]
     for window in sample.windows:
         rows = window.rows(text)
         if rows:
             packed.segments.append((window.start, window.inputs(text)))
             packed.nominal += 1 + len(window.guesses)
-        for distance, row in enumerate(rows):
-            add_row(len(packed.segments), window.start + row, 0, row_decay**distance)
+            packed.positions += range(window.start + rows.start, window.start + rows.stop)
+            packed.students += [len(packed.segments)] * len(rows)
+            packed.teachers += [0] * len(rows)
+            packed.weights += decays[: len(rows)]
     for entry, state in sample.picks:
         start, length = prompt + example.block_start(entry), len(example.blocks[entry].fixed_point)
         packed.nominal += length
         segment, wrong, count = segment_of(entry, state)
         next_segment, next_wrong, _ = segment_of(entry, state + 1) if local else (0, len(text), 0)
-        for position in range(start + wrong, start + wrong + count):
-            add_row(segment, position, 0 if position < start + next_wrong else next_segment)
+        positions = range(start + wrong, start + wrong + count)
+        packed.positions += positions
+        packed.students += [segment] * count
+        packed.teachers += [0 if at < start + next_wrong else next_segment for at in positions]
+        packed.weights += [1.0] * count
+    taught: set[int] = set()
+    for position, teacher in zip(packed.positions, packed.teachers, strict=True):
+        first_taught = teacher == 0 and position not in taught
+        packed.taught.append(text[position + 1] if first_taught else IGNORED)
+        if first_taught:
+            taught.add(position)
     if sample.windows:  # of an adapter alone: no text is trained
         return packed
     packed.labels = [

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import ConsistencyConfig
@@ -20,7 +23,6 @@ from .sampling import SampledExample
 TOKEN_FIELDS = ("input_ids", "position_ids", "sample_ids", "segment_ids", "visible")
 ROW_FIELDS = ("student_index", "teacher_index", "row_weights", "teacher_labels")
 CLEAN_FIELDS = ("clean_index", "clean_labels")
-_FIELDS = (*TOKEN_FIELDS, *ROW_FIELDS, *CLEAN_FIELDS, "row_numbers", "nominal_tokens")
 
 
 @dataclass(frozen=True)
@@ -144,20 +146,20 @@ class ConsistencyCollator:
         return {
             name: _padded([row[name] for row in rows], fill, dtype, multiple)
             for name, fill, dtype, multiple in (
-                ("input_ids", self.pad_token_id, torch.int64, columns),
-                ("position_ids", 0, torch.int64, columns),
-                ("sample_ids", -1, torch.int64, columns),
-                ("segment_ids", 0, torch.int64, columns),
-                ("visible", 0, torch.int64, columns),
-                ("student_index", 0, torch.int64, rows_of),
-                ("teacher_index", 0, torch.int64, rows_of),
-                ("row_weights", 0.0, torch.float32, rows_of),
-                ("teacher_labels", IGNORED, torch.int64, rows_of),
-                ("row_numbers", -1, torch.int64, rows_of),
-                ("clean_index", 0, torch.int64, rows_of),
-                ("clean_labels", IGNORED, torch.int64, rows_of),
+                ("input_ids", self.pad_token_id, np.int64, columns),
+                ("position_ids", 0, np.int64, columns),
+                ("sample_ids", -1, np.int64, columns),
+                ("segment_ids", 0, np.int64, columns),
+                ("visible", 0, np.int64, columns),
+                ("student_index", 0, np.int64, rows_of),
+                ("teacher_index", 0, np.int64, rows_of),
+                ("row_weights", 0.0, np.float32, rows_of),
+                ("teacher_labels", IGNORED, np.int64, rows_of),
+                ("row_numbers", -1, np.int64, rows_of),
+                ("clean_index", 0, np.int64, rows_of),
+                ("clean_labels", IGNORED, np.int64, rows_of),
             )
-        } | {"nominal_tokens": torch.tensor([sum(row["nominal_tokens"]) for row in rows])}
+        } | {"nominal_tokens": torch.tensor([row["nominal_tokens"] for row in rows])}
 
     def assigned(self, samples: Sequence[SampledExample]) -> list[list[PackedSample]]:
         """Which samples share a row: first fit, longest first."""
@@ -165,15 +167,19 @@ class ConsistencyCollator:
             raise ValueError("a batch needs at least one sample")
         packed = [self._packed(sample) for sample in samples]
         rows: list[list[PackedSample]] = []
-        for sample in sorted(packed, key=lambda sample: -sample.columns):
-            for row in rows:
+        taken: list[int] = []  # columns of each row
+        sized = [(sample.columns, sample) for sample in packed]
+        for columns, sample in sorted(sized, key=lambda pair: -pair[0]):
+            for number, row in enumerate(rows):
                 full = self.samples_per_row is not None and len(row) >= self.samples_per_row
-                columns = sample.columns + sum(other.columns for other in row)
-                if not full and (self.max_columns is None or columns <= self.max_columns):
+                fits = self.max_columns is None or taken[number] + columns <= self.max_columns
+                if fits and not full:
                     row.append(sample)
+                    taken[number] += columns
                     break
             else:
                 rows.append([sample])
+                taken.append(columns)
         return rows
 
     def _packed(self, sample: SampledExample) -> PackedSample:
@@ -194,50 +200,66 @@ class ConsistencyCollator:
         return packed
 
 
-def _row(samples: list[PackedSample], clean: int, pad: int) -> dict[str, list[Any]]:
-    """The columns and rows of one row of the batch, its first `clean` columns padded with `pad`."""
-    row: dict[str, list[Any]] = {name: [] for name in _FIELDS}
-    places: list[dict[int, int]] = []  # of each sample: segment -> column of its position 0
+def _row(samples: list[PackedSample], clean: int, pad: int) -> dict[str, Any]:
+    """The columns and rows of one row of the batch, its first `clean` columns padded with `pad`.
 
-    def add(number: int, segment: int, first: int, tokens: list[int], visible: Any) -> int:
-        column = len(row["input_ids"])
-        row["input_ids"] += tokens
-        row["position_ids"] += range(first, first + len(tokens))
-        row["sample_ids"] += [number] * len(tokens)
-        row["segment_ids"] += [segment] * len(tokens)
-        row["visible"] += visible
-        return column - first
-
+    Returns:
+        Of each field an array or list [columns], [rows] or [clean rows]; of nominal_tokens the sum.
+    """
+    # (sample, segment, position of the first token, tokens) of each stretch of columns
+    stretches = [(number, 0, 0, len(sample.clean)) for number, sample in enumerate(samples)]
+    padding = max(0, clean - sum(len(sample.clean) for sample in samples))
+    stretches.append((-1, 0, 0, padding))
+    tokens = [*chain.from_iterable(sample.clean for sample in samples), *[pad] * padding]
+    read = len(tokens) - padding
     for number, sample in enumerate(samples):
-        length = len(sample.clean)
-        places.append({0: add(number, 0, 0, sample.clean, range(1, length + 1))})
-    padding = max(0, clean - len(row["input_ids"]))
-    add(-1, 0, 0, [pad] * padding, [0] * padding)
-    segment = 0
+        for first, guesses in sample.segments:
+            segment = len(stretches) - len(samples)
+            stretches.append((number, segment, first, len(guesses)))
+            tokens += guesses
+    numbers, segments, firsts, lengths = np.array(stretches, dtype=np.int64).T
+    origins = lengths.cumsum() - lengths - firsts  # column of the stretch's position 0
+    position_ids = np.arange(len(tokens)) - origins.repeat(lengths)
+    visible = firsts.repeat(lengths)
+    visible[:read] = position_ids[:read] + 1
+    row: dict[str, Any] = {
+        "input_ids": tokens,
+        "position_ids": position_ids,
+        "sample_ids": numbers.repeat(lengths),
+        "segment_ids": segments.repeat(lengths),
+        "visible": visible,
+        "nominal_tokens": sum(sample.nominal for sample in samples),
+    }
+    names = "student_index", "teacher_index", "teacher_labels", "row_weights", "row_numbers"
+    for name in (*names, *CLEAN_FIELDS):
+        row[name] = []
+    column = origins.tolist()
+    behind = len(samples) + 1  # the first noisy stretch
     for number, sample in enumerate(samples):
-        for own, (first, tokens) in enumerate(sample.segments, start=1):
-            segment += 1
-            visible = [first] * len(tokens)
-            places[number][own] = add(number, segment, first, tokens, visible)
-    for place, sample in zip(places, samples, strict=True):
-        for (student, teacher, label), weight in zip(sample.rows, sample.weights, strict=True):
-            row["student_index"].append(place[student[0]] + student[1])
-            row["teacher_index"].append(place[teacher[0]] + teacher[1])
-            row["row_weights"].append(weight)
-            row["teacher_labels"].append(label)
-            row["row_numbers"].append(sample.number)
-        for position, label in sample.labels:
-            row["clean_index"].append(place[0] + position)
-            row["clean_labels"].append(label)
-        row["nominal_tokens"].append(sample.nominal)
+        # of each segment of the sample, the clean one first
+        place = [column[number], *column[behind : behind + len(sample.segments)]]
+        behind += len(sample.segments)
+        for name, owners in (
+            ("student_index", sample.students),
+            ("teacher_index", sample.teachers),
+        ):
+            places = zip(owners, sample.positions, strict=True)
+            row[name] += [place[own] + position for own, position in places]
+        row["teacher_labels"] += sample.taught
+        row["row_weights"] += sample.weights
+        row["row_numbers"] += [sample.number] * len(sample.positions)
+        row["clean_index"] += [place[0] + position for position, _ in sample.labels]
+        row["clean_labels"] += [label for _, label in sample.labels]
     return row
 
 
-def _padded(rows: list[list[Any]], fill: float, dtype: torch.dtype, multiple: int) -> Tensor:
+def _padded(
+    rows: list[list[Any] | NDArray[Any]], fill: float, dtype: type[np.generic], multiple: int
+) -> Tensor:
     """[B, width], the width the smallest multiple that holds every row; at least one."""
     longest = max(1, max(map(len, rows)))
     width = -(-longest // multiple) * multiple
-    batch = torch.full((len(rows), width), fill, dtype=dtype)
+    batch = np.full((len(rows), width), fill, dtype)
     for number, row in enumerate(rows):
-        batch[number, : len(row)] = torch.tensor(row, dtype=dtype)
-    return batch
+        batch[number, : len(row)] = row
+    return torch.from_numpy(batch)

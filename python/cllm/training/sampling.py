@@ -58,10 +58,10 @@ class StateSampler:
 
         Fewer than asked for where there are no more states; none where every guess was right.
         """
-        # a string seed is hashed by SHA-512: the same in every process, whatever PYTHONHASHSEED
-        rng = random.Random(f"{self.seed},{epoch},{index}")
         if self.config.sampling == "visited":
             return []  # its windows are no states of the trajectory
+        # a string seed is hashed by SHA-512: the same in every process, whatever PYTHONHASHSEED
+        rng = random.Random(f"{self.seed},{epoch},{index}")
         if self.config.sampling == "sliding":
             usable = [usable_windows(example, entry) for entry in range(len(example.blocks))]
         else:
@@ -132,10 +132,10 @@ def wrong_share(block: BlockStates, state: int) -> float:
 
 def ended(example: TrainingExample, end_tokens: Iterable[int]) -> TrainingExample:
     """`example` without whatever stands behind the first end-of-text token of its response."""
-    ends = set(end_tokens)
-    length = next(
-        (index + 1 for index, token in enumerate(example.response) if token in ends),
-        len(example.response),
+    response = example.response
+    length = min(
+        (response.index(token) + 1 for token in end_tokens if token in response),
+        default=len(response),
     )
     if length == len(example.response):
         return example
@@ -196,7 +196,7 @@ class SampledDataset(Dataset):
 
     def drawn(self, index: int, epoch: int) -> SampledExample:
         """Row `index` with the states of `epoch`."""
-        example = ended(self.examples[index], self.end_tokens)
+        example = self._example(index)
         picks = self.sampler(example, epoch, index)
         tails = self.sampler.tails(example, picks, epoch, index)
         windows = [] if self.windows is None else self.windows.draw(example, epoch, index)
@@ -212,7 +212,16 @@ class SampledDataset(Dataset):
         if self.windows is None:
             raise ValueError("only sampling='visited' has windows to advance")
         numbers, predictions = numbers.flatten().cpu(), predictions.flatten().cpu()
-        for number in numbers[numbers >= 0].unique().tolist():
+        counted = (numbers >= 0).nonzero()[:, 0]
+        # stable: a response's rows stay in the order of its windows
+        numbers, order = numbers[counted].sort(stable=True)
+        found, rows = numbers.unique_consecutive(return_counts=True)
+        parts = predictions[counted[order]].split(rows.tolist())
+        for number, part in zip(found.tolist(), parts, strict=True):
             epoch, index = divmod(number, len(self))
-            example = ended(self.examples[index], self.end_tokens)
-            self.windows.advance(example, epoch, index, predictions[numbers == number].tolist())
+            # reading a row once more may mean to decode a part of a file
+            example = self.windows.last_drawn(index) or self._example(index)
+            self.windows.advance(example, epoch, index, part.tolist())
+
+    def _example(self, index: int) -> TrainingExample:
+        return ended(self.examples[index], self.end_tokens)

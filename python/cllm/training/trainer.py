@@ -30,10 +30,11 @@ from .finite import NonFiniteLossError, check_finite
 from .held_out import HeldOut
 from .hooks import StepHooks
 from .inputs import collator, data_seed, end_tokens, training_examples, trajectories
-from .lora import add_adapters, is_peft, merged
+from .lora import add_adapters, is_peft, lora_layers, merged, without_input_casts
 from .meter import Counts, Meter
 from .order import EpochOrder
 from .quality import QualityWatch, Verdict
+from .visited import HostCopy
 
 logger = logging.get_logger(__name__)
 
@@ -141,6 +142,8 @@ class ConsistencyTrainer(Trainer):
         self._base_weights: dict[str, Tensor] | None = None
         self._step_batches: list[tuple[Any, Tensor]] = []
         self._batches_in_step = 0
+        self._guesses: HostCopy | None = None
+        self._lora_layers = lora_layers(self.model, args)
         self.held_out: HeldOut | None = None
         if eval_prompts:
             self.held_out = HeldOut(
@@ -192,9 +195,10 @@ class ConsistencyTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one micro-batch: its share of the loss of the whole step."""
-        outputs = model(**inputs)
+        with without_input_casts(self._lora_layers):
+            outputs = model(**inputs)
         if outputs.guesses is not None:
-            self.examples.advance(inputs["row_numbers"], outputs.guesses)
+            self._guesses = HostCopy(inputs["row_numbers"], outputs.guesses)
         # a process has its share of the sum, and gradients and logs are averaged over processes
         processes = self.accelerator.num_processes
         self.meter.add(
@@ -205,12 +209,16 @@ class ConsistencyTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch.
+        """Forward and backward of one micro-batch; visited windows move on by its guesses.
 
         Raises:
             NonFiniteLossError: after the step's last micro-batch, before the weights change.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        # not in `compute_loss`, where a GPU would wait for its backward pass
+        if self._guesses is not None:
+            self.examples.advance(*self._guesses.wait())
+            self._guesses = None
         self._step_batches.append((inputs, loss))
         if len(self._step_batches) == self._batches_in_step:
             batches, self._step_batches = self._step_batches, []
@@ -376,16 +384,12 @@ class ConsistencyTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_descriptions(
-                self, output_dir if output_dir is not None else str(self.output_folder)
-            )
+            save_descriptions(self, output_dir or str(self.output_folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # ours first: transformers writes the file that marks a checkpoint as whole
         with self.meter.paused():
-            folder = Path(self._get_output_dir(trial=trial)) / (
-                f"checkpoint-{self.state.global_step}"
-            )
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             self.gather_windows()
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -407,9 +411,7 @@ class ConsistencyTrainer(Trainer):
         if self.held_out is not None:
             self.held_out.restore(state.get("base"))
         if self.examples.windows is not None:
-            windows = read_tensors(checkpoint, _WINDOWS_FILE, "sampling")
-            self.examples.windows.restore(windows)
+            self.examples.windows.restore(read_tensors(checkpoint, _WINDOWS_FILE, "sampling"))
         if self.args.teacher == "ema":
             assert self._handle is not None
-            average = read_tensors(checkpoint, _TEACHER_FILE, "teacher")
-            self._handle.load_teacher_state_dict(average)
+            self._handle.load_teacher_state_dict(read_tensors(checkpoint, _TEACHER_FILE, "teacher"))

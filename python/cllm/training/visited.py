@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from .examples import TrainingExample
 
 _FRESH = -1
+# responses whose last draw is kept: more than an optimiser step of one process trains on
+_KEPT_DRAWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """A window of decoding over a text (prompt and response) that is known.
 
@@ -41,14 +44,25 @@ class Window:
 
     def kept(self, text: Sequence[int]) -> int:
         """Tokens that decoding commits: the right guesses in front, and one."""
-        guesses = self.inputs(text)[1:]
-        right = text[self.start + 1 : self.start + 1 + len(guesses)]
-        pairs = enumerate(zip(guesses, right, strict=True))
-        return 1 + next((i for i, (a, b) in pairs if a != b), len(guesses))
+        return self.rows(text).start
 
     def rows(self, text: Sequence[int]) -> range:
         """Rows whose predictions are the next window's guesses; empty if every guess was right."""
-        return range(self.kept(text), len(self.inputs(text)))
+        tokens, kept = self.inputs(text), 1
+        while kept < len(tokens) and tokens[kept] == text[self.start + kept]:
+            kept += 1
+        return range(kept, len(tokens))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What `VisitedWindows.draw` gave for a response, and all that it is a function of but the
+    seed."""
+
+    example: TrainingExample
+    epoch: int
+    state: tuple[list[int], list[list[int]]]
+    windows: list[Window]
 
 
 class VisitedWindows:
@@ -73,23 +87,38 @@ class VisitedWindows:
         # those of a smaller window than the largest are filled up with 0
         self._guesses = torch.zeros(examples, windows, max(given) - 1, dtype=torch.int32)
         self._moved: set[int] = set()
+        self._draws: dict[int, _Draw] = {}
         self._committed = [0, 0]  # tokens, windows, since they were read
 
     def draw(self, example: TrainingExample, epoch: int, index: int) -> list[Window]:
         """The windows of response `index`. A function of this state, (seed, epoch, index) and the
         response: drawing changes nothing."""
-        text = example.prompt + example.response
         if len(example.response) < 2:  # no place for a guess that counts
             return []
+        state = starts, guesses = self._starts[index].tolist(), self._guesses[index].tolist()
+        # a step draws to train, and once more to advance
+        last = self._draws.get(index)
+        if last and (last.example, last.epoch, last.state) == (example, epoch, state):
+            return last.windows
+        text = example.prompt + example.response
+        rng = random.Random()
         found = []
-        stored = zip(self._starts[index].tolist(), self._guesses[index].tolist(), strict=True)
-        for number, (start, guesses) in enumerate(stored):
-            window = Window(start, guesses[: self.sizes[number] - 1])
+        for number, start in enumerate(starts):
             # there is nothing left to guess from the last input on
             if start == _FRESH or start >= len(text) - 2:
-                window = self._fresh(example, f"{self.seed},{epoch},{index},{number}", number)
-            found.append(window)
+                rng.seed(f"{self.seed},{epoch},{index},{number}")
+                found.append(self._fresh(example, text, rng, number))
+            else:
+                found.append(Window(start, guesses[number][: self.sizes[number] - 1]))
+        self._draws[index] = _Draw(example, epoch, state, found)
+        if len(self._draws) > _KEPT_DRAWS:
+            del self._draws[next(iter(self._draws))]
         return found
+
+    def last_drawn(self, index: int) -> TrainingExample | None:
+        """The response that `draw` was last given as `index`, while its draw is kept."""
+        last = self._draws.get(index)
+        return last.example if last else None
 
     def advance(
         self, example: TrainingExample, epoch: int, index: int, predictions: Sequence[int]
@@ -98,20 +127,35 @@ class VisitedWindows:
 
         Args:
             predictions: of the adapter, for each row (`Window.rows`) of each window in order.
+
+        Raises:
+            ValueError: more predictions than rows, or fewer.
         """
         text = example.prompt + example.response
+        windows = self.draw(example, epoch, index)
+        rows = [window.rows(text) for window in windows]
+        counted = sum(map(len, rows))
+        if len(predictions) != counted:
+            what = "more" if len(predictions) > counted else "fewer"
+            raise ValueError(f"example {example.id!r}: {what} predictions than rows")
+        if not windows:
+            return
         rng = random.Random(f"{self.seed},{epoch},{index},fill")
         given = iter(predictions)
-        for number, window in enumerate(self.draw(example, epoch, index)):
-            rows = window.rows(text)
-            guesses = [next(given) for _ in rows]
-            guesses += rng.choices(example.prompt, k=self.sizes[number] - 1 - len(guesses))
-            self._starts[index, number] = window.start + rows.start
-            self._committed[0] += rows.start
-            self._committed[1] += 1
-            self._guesses[index, number, : len(guesses)] = torch.tensor(guesses, dtype=torch.int32)
-        if next(given, None) is not None:
-            raise ValueError(f"example {example.id!r}: more predictions than rows")
+        fill = iter(rng.choices(example.prompt, k=sum(self.sizes) - len(self.sizes) - counted))
+        width = self._guesses.shape[2]
+        guesses = []
+        for size, row in zip(self.sizes, rows, strict=True):
+            guesses.append([*islice(given, len(row)), *islice(fill, size - 1 - len(row))])
+            guesses[-1] += [0] * (width + 1 - size)
+        kept = [row.start for row in rows]
+        starts = [window.start + count for window, count in zip(windows, kept, strict=True)]
+        # one tensor for all windows: making one costs more than all else here
+        self._starts[index] = torch.tensor(starts, dtype=torch.int32)
+        self._guesses[index] = torch.tensor(guesses, dtype=torch.int32)
+        self._committed[0] += sum(kept)
+        self._committed[1] += len(kept)
+        self._draws.pop(index, None)
         self._moved.add(index)
 
     def tokens_per_forward(self) -> float | None:
@@ -151,9 +195,9 @@ class VisitedWindows:
                 )
             own.copy_(state[name])
 
-    def _fresh(self, example: TrainingExample, seed: str, number: int) -> Window:
-        rng = random.Random(seed)
-        text = example.prompt + example.response
+    def _fresh(
+        self, example: TrainingExample, text: list[int], rng: random.Random, number: int
+    ) -> Window:
         # one window in each of equal stretches of the response, so that all of it is seen
         first, places = len(example.prompt) - 1, len(example.response) - 1
         stretch = places / self._starts.shape[1]
@@ -164,3 +208,19 @@ class VisitedWindows:
         share = rng.random()
         guesses = [token if rng.random() < share else rng.choice(example.prompt) for token in right]
         return Window(start, guesses)
+
+
+class HostCopy:
+    """Tensors on their way to the host, while their device and the host both go on."""
+
+    def __init__(self, *tensors: Tensor):
+        # a copy from a GPU that does not block goes to pinned memory
+        self._copies = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
+        streams = [torch.cuda.current_stream(one.device) for one in tensors if one.is_cuda]
+        self._events = [stream.record_event() for stream in streams]
+
+    def wait(self) -> list[Tensor]:
+        """The copies, once they are there; what was asked of the device later is not waited for."""
+        for event in self._events:
+            event.synchronize()
+        return self._copies

@@ -7,11 +7,16 @@ from cllm_kernels.decoder_layer.triton_kernel import (
     rotary_kernel,
     silu_mul_kernel,
 )
+from cllm_kernels.decoder_layer.triton_low_rank import (
+    largest_rank,
+    low_rank_tiles_kernel,
+    tile_shape,
+)
 from tests.kernels.aot import FLOATS
 
 
 def variants():
-    for short in FLOATS:
+    for short, dtype in FLOATS.items():
         names = ("x_ptr", "add_ptr", "weight_ptr", "sum_ptr", "out_ptr")
         types = dict.fromkeys(names, f"*{short}") | {"eps": "fp32"}
         for width in (576, 4096):
@@ -41,3 +46,15 @@ def variants():
             {"BLOCK": 1024},
             {"num_warps": 4, **FUSION},
         )
+        names = ("x_ptr", *(f"{name}{i}_ptr" for name in ("a", "b", "out") for i in range(3)))
+        types = dict.fromkeys(names, f"*{short}")
+        for count, tokens, rank in ((1, 8, 24), (3, 8, 24), (3, 64, largest_rank(dtype))):
+            options = tile_shape(tokens, rank, dtype)
+            launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+            yield (
+                f"decoder_layer low_rank tiles {short} layers={count} tokens={tokens} rank={rank}",
+                low_rank_tiles_kernel,
+                types,
+                {"COUNT": count, **options},
+                {**launch, **FUSION},
+            )

@@ -1,0 +1,195 @@
+"""What does an iteration over n tokens cost a large model on a GPU, beside its step of one token?
+
+A model of LLaMA-2-7B's shape with random weights (no download; what a forward costs does not depend
+on them), batch 1, CUDA graphs. At every n: the forward alone (replays of its graph, timed by
+events) and the whole iteration of `cllm.generate`, host and all; beside them the floor, the time
+in which this GPU reads the weights once.
+
+    python benchmarks/decoding/shape.py --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import cllm
+from cllm.decoding import graphs
+from cllm.decoding.forward import choose_layout
+from cllm.decoding.support import check_model
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import provenance, spread, write_record
+from benchmarks.kernels.harness import folder
+
+# Touvron et al. 2023, arXiv 2307.09288; SmolLM2-135M's own configuration
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-2-7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32000,
+    ),
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+    ),
+}  # fmt: skip
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str, layers: int | None) -> Any:
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.eval()
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that this GPU reads at most: the sum of a tensor far beyond its caches."""
+    large = torch.ones(1 << 31, dtype=torch.bfloat16, device="cuda")
+    best = float("inf")
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        large.sum()
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return large.nbytes / best
+
+
+@torch.no_grad()
+def time_forward(model: Any, prompt: torch.Tensor, n: int, replays: int) -> list[float]:
+    """Seconds of the captured forward over a window of n tokens, by events."""
+    traits = check_model(model)
+    layout = choose_layout(model, traits, prompt[0], n)
+    shape: dict[str, Any] = dict(
+        batch=1, slots=prompt.shape[1] + 128 + n, device=prompt.device, position_limit=None
+    )
+    lengths = torch.full((1,), prompt.shape[1], device=prompt.device)
+    window = prompt[:, :1].expand(1, n).contiguous()
+    seconds = []
+    with (
+        layout.applied(model),
+        graphs.graphed_forward(model, traits, **shape, layout=layout) as forward,
+    ):
+        forward.prefill(prompt, lengths)
+        for _ in range(replays + 3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            forward.window(window, lengths, [prompt.shape[1]])
+            end.record()
+            torch.cuda.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
+    graphs.forget(model)
+    return seconds[3:]
+
+
+def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int) -> float:
+    """Seconds of an iteration of whole calls; random weights accept next to nothing, and
+    ``accept="one"`` makes it exactly one token."""
+    settings: dict[str, Any] = dict(
+        max_new_tokens=tokens, eos_token_id=None, block_size=n, accept="one", do_sample=False,
+        compile="graph", return_dict_in_generate=True,
+    )  # fmt: skip
+    cllm.generate(model, prompt, **settings)  # captures
+    found = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        out = cllm.generate(model, prompt, **settings)
+        found.append(out.decode_seconds / out.forwards)
+    graphs.forget(model)
+    return min(found)
+
+
+def time_eager(model: Any, prompt: torch.Tensor, tokens: int) -> float:
+    """Seconds of a step of HuggingFace's greedy search."""
+    settings = dict(do_sample=False, eos_token_id=None)
+    model.generate(prompt, max_new_tokens=4, **settings)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    model.generate(prompt, max_new_tokens=4 + tokens, **settings)
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - started
+    started = time.perf_counter()
+    model.generate(prompt, max_new_tokens=4, **settings)
+    torch.cuda.synchronize()
+    return (whole - (time.perf_counter() - started)) / tokens
+
+
+def show(record: dict[str, Any]) -> None:
+    table = Table(title=f"{record['shape']}, {record['dtype']}, {record['device']}")
+    for column in ("n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"):
+        table.add_column(column, justify="right")
+    base = record["sizes"]["1"]
+    for n, row in record["sizes"].items():
+        forward = row["forward_ms"]["median"]
+        table.add_row(
+            n,
+            f"{forward:.3f}",
+            f"{forward / base['forward_ms']['median']:.3f} x",
+            f"{forward / record['floor_ms']:.2f} x",
+            f"{row['iteration_ms']:.3f}",
+            f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+        )
+    Console().print(table)
+    Console().print(
+        f"floor {record['floor_ms']:.3f} ms; a step of HuggingFace {record['huggingface_ms']:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--replays", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("shape: torch finds no CUDA device")
+    model = random_model(options.shape, getattr(torch, options.dtype), "cuda", options.layers)
+    prompt = torch.randint(5, 30000, (1, options.context), device="cuda")
+    read = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    sizes: dict[str, Any] = {}
+    for n in map(int, options.sizes.split(",")):
+        forward = time_forward(model, prompt, n, options.replays)
+        sizes[str(n)] = {
+            "forward_ms": {k: 1e3 * v for k, v in spread(forward).items()},
+            "iteration_ms": 1e3 * time_iterations(model, prompt, n, options.tokens),
+        }
+        print(n, sizes[str(n)], flush=True)
+    record = {
+        "benchmark": "decoding/shape",
+        "shape": options.shape,
+        "layers": options.layers,
+        "dtype": options.dtype,
+        "context": options.context,
+        "weight_bytes": read,
+        "floor_ms": 1e3 * read / read_bandwidth(),
+        "huggingface_ms": 1e3 * time_eager(model, prompt, 24),
+        "sizes": sizes,
+        **provenance("cuda"),
+    }
+    show(record)
+    if options.record:
+        print(write_record(record, folder(torch.device("cuda")), f"shape_{options.shape}"))
+
+
+if __name__ == "__main__":
+    main()
