@@ -98,5 +98,5 @@ def weights_digest(model: Any) -> str:
     for name, parameter in sorted(model.state_dict().items()):
         flat = parameter.flatten()
         digest.update(name.encode())
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().numpy().tobytes())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

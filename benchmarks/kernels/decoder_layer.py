@@ -29,6 +29,7 @@ from benchmarks.kernels.cases import (
     short,
 )
 from benchmarks.kernels.harness import main
+from cllm.decoding.graphs import capture
 from cllm.traits import cache_argument
 from cllm_kernels import DecoderWeights
 from cllm_kernels.decoder_layer import OP
@@ -183,25 +184,14 @@ def in_graphs(
 
 def captured(run: Run) -> Run:
     """A call as a CUDA graph. It always starts from the state that it was captured in."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            if run.prepare is not None:
-                run.prepare()
-            run.call()
-    torch.cuda.current_stream().wait_stream(side)
-    if run.prepare is not None:
-        run.prepare()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run.call()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    def call() -> Tensor:
+        if run.prepare is not None:
+            run.prepare()
+        return run.call()
 
-    return Run(replay)
+    result, replay = capture(call)
+    return Run(lambda: (replay(), result)[1])
 
 
 def huggingface(inputs: Inputs, model: Model) -> Run:

@@ -442,3 +442,26 @@ def test_other_lengths_share_a_capture_on_a_gpu(monkeypatch):
             torch.cuda.empty_cache()  # what a capture reads and nobody holds would be gone now
             torch.full((1 << 24,), float("nan"), device="cuda")
     assert len(captures) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captures_outlive_each_other_on_a_gpu(dtype):
+    """What one of them holds of cuBLAS must not go with another."""
+    model = copy.deepcopy(tiny_model("llama", dtype)).cuda()
+    inputs = {name: one.cuda() for name, one in prompts([9, 4]).items()}
+
+    def text(size):
+        return cllm.generate(
+            model, **inputs, max_new_tokens=30, block_size=size, compile="graph"
+        ).tolist()
+
+    sizes = range(2, graphs.MOST_KEPT + 2)
+    first = {size: text(size) for size in sizes}
+    for rows in range(3, graphs.MOST_KEPT + 2):  # puts the oldest out, one after the other
+        others = {name: one.cuda() for name, one in prompts([5] * rows).items()}
+        cllm.generate(model, **others, max_new_tokens=4, block_size=3, compile="graph")
+        torch.cuda.empty_cache()
+        torch.full((1 << 24,), float("nan"), device="cuda")
+        assert {size: text(size) for size in sizes} == first

@@ -295,6 +295,25 @@ def test_what_counts_for_the_tokenizers_hash(tmp_path):
     assert found.stdout.strip() == value
 
 
+def test_an_empty_normalizer_is_none():
+    """transformers 5.10 writes a sequence of nothing, 5.24 none, for the same file."""
+    tokenizer = letters_tokenizer()
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+
+    class Wrote:
+        def __init__(self, **changes):
+            self.backend_tokenizer = self
+            self.added_tokens_decoder = tokenizer.added_tokens_decoder
+            self.to_str = lambda: json.dumps(whole | changes)
+
+    nothing = {"type": "Sequence", "normalizers": []}
+    lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
+    assert tokenizer_hash(Wrote(normalizer=None)) == tokenizer_hash(Wrote(normalizer=nothing))
+    assert tokenizer_hash(Wrote(normalizer=lower)) != tokenizer_hash(Wrote(normalizer=None))
+    empty = {"type": "Sequence", "pretokenizers": []}
+    assert tokenizer_hash(Wrote(pre_tokenizer=None)) == tokenizer_hash(Wrote(pre_tokenizer=empty))
+
+
 def test_merges_in_both_notations():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -67,13 +67,25 @@ def capture(run: Callable[[], torch.Tensor]) -> Capture:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):  # kernels are compiled, libraries make their workspaces
+        for _ in range(_WARM_UP):  # kernels are compiled
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _own_workspace(), torch.cuda.graph(graph):
         given = run()
     return given, graph.replay
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """cuBLAS keeps a workspace for each stream, and graphs are captured on the same one. What it
+    has from an earlier graph is in that graph's memory, and gone with it: it is to ask for memory
+    of the graph to come, and to forget it afterwards (pytorch/pytorch#193402)."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class GraphedForward(BlockForward):

@@ -160,8 +160,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
             "model": model.get("type"),
             "vocab": model.get("vocab"),
             "merges": _as_pairs(model.get("merges") or []),
-            "normalizer": whole.get("normalizer"),
-            "pre_tokenizer": whole.get("pre_tokenizer"),
+            "normalizer": _or_none(whole.get("normalizer"), "normalizers"),
+            "pre_tokenizer": _or_none(whole.get("pre_tokenizer"), "pretokenizers"),
         }
     else:
         content = {"vocab": tokenizer.get_vocab()}
@@ -171,6 +171,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     )
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _or_none(step: Any, parts: str) -> Any:
+    """None for a sequence of nothing: releases of transformers differ in which of the two they
+    write."""
+    empty = isinstance(step, dict) and step.get("type") == "Sequence" and not step.get(parts)
+    return None if empty else step
 
 
 def _as_pairs(merges: list[Any]) -> list[Any]:
