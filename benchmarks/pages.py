@@ -13,13 +13,13 @@ def record(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def source(one: dict[str, Any], name: str, **more: Any) -> str:
+def source(one: dict[str, Any], name: str, *, folder: str = "cpu", **more: Any) -> str:
     """Where the numbers of a table come from."""
     made = one.get("provenance", one)
     threads = f"{made['threads']} thread{'' if made['threads'] == 1 else 's'}"
     extra = "".join(f", {value} {key}" for key, value in more.items())
     return (
-        f"[Record](../benchmarks/results/cpu/{name}.json) of {made['date'][:10]}: "
+        f"[Record](../benchmarks/results/{folder}/{name}.json) of {made['date'][:10]}: "
         f"{made['device']}, {threads}, torch {made['torch']}, "
         f"transformers {made['transformers']}{extra}."
     )

@@ -205,7 +205,14 @@ def test_another_models_trajectories(run, flags, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2_gpu.yaml", "smollm2_cpu.yaml", "gated_cpu.yaml", "tiny/recipe.yaml"]
+    "name",
+    [
+        "smollm2_gpu.yaml",
+        "smollm2_cpu.yaml",
+        "gated_cpu.yaml",
+        "gated_gpu.yaml",
+        "tiny/recipe.yaml",
+    ],
 )
 def test_the_recipes_in_the_repository_are_settings(name, tmp_path):
     path = Path(__file__).resolve().parents[2] / "recipes" / name

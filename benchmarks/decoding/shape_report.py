@@ -1,0 +1,66 @@
+"""Writes the section of docs/performance.md on a large model's iterations from the records of
+shape.py.
+
+    python benchmarks/decoding/shape_report.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import RESULTS, rewrite
+from benchmarks.pages import source, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKERS = (
+    "<!-- shape: begin (written by benchmarks/decoding/shape_report.py) -->",
+    "<!-- shape: end -->",
+)
+
+
+def section(results: Path) -> str:
+    lines: list[str] = []
+    for path in sorted(results.glob("*/shape_*.json")):
+        lines += shape_section(json.loads(path.read_text()), path)
+    return "\n".join(lines)
+
+
+def shape_section(found: dict[str, Any], path: Path) -> list[str]:
+    base, floor = found["sizes"]["1"], found["floor_ms"]
+    rows = []
+    for n, row in found["sizes"].items():
+        forward = row["forward_ms"]["median"]
+        rows.append([
+            n,
+            f"{forward:.2f}",
+            f"{forward / base['forward_ms']['median']:.3f} x",
+            f"{forward / floor:.2f} x",
+            f"{row['iteration_ms']:.2f}",
+            f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+        ])  # fmt: skip
+    head = ["n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"]
+    return [
+        f"### The shape of {found['shape']}, {found['dtype']}, on {found['device']}",
+        "",
+        source(found, path.stem, folder=path.parent.name),
+        f"Random weights, batch 1, {found['context']} tokens of context, CUDA graphs. "
+        f"{found['weight_bytes'] / 2**30:.1f} GiB of weights at the most that was read in this run "
+        f"take {floor:.2f} ms: the floor of a forward. A step of HuggingFace's `generate` takes "
+        f"{found['huggingface_ms']:.1f} ms.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    page = docs / "performance.md"
+    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
