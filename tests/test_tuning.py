@@ -132,7 +132,10 @@ def test_spread():
     [
         (dict(prompts=[]), "no prompts"),
         (dict(prompts=["text"]), "prompts that are text need the tokenizer"),
-        (dict(prompts=[[1, 2]], sizes=(0,)), "block_size must be an integer >= 1 or 'auto', not 0"),
+        (
+            dict(prompts=[[1, 2]], sizes=(0,)),
+            "block_size must be None, an integer >= 1 or 'auto', not 0",
+        ),
         (dict(prompts=[[1, 2]], rounds=0), "rounds must be at least 1, not 0"),
         (dict(prompts=[[1, 2]], max_new_tokens=0), "max_new_tokens must be at least 1"),
         (dict(prompts=[[1] * 5000]), "but the model's context is"),

@@ -21,7 +21,7 @@ MARKERS = tuple(
     f"<!-- decoding: {text} -->"
     for text in ("begin (written by benchmarks/decoding/compare_report.py)", "end")
 )
-NAMES = ("compare_bfloat16", "compare_float32", "compare_float16")
+NAMES = ("compare_bfloat16", "compare_float32", "compare_float16", "compare_batches_bfloat16")
 _MIB = 2**20
 _OURS, _THEIRS = "#0b6e4f", "#9aa5b1"
 
@@ -44,8 +44,10 @@ def section(results: Path) -> str:
 def record_section(found: dict[str, Any], name: str) -> list[str]:
     floor = found["floor"]
     milliseconds = 1e3 * floor["seconds_per_forward"]
+    sizes = list(found["batches"])
+    many = "" if sizes == ["1"] else f", batches of {' and '.join(sizes)}"
     lines = [
-        f"### {found['model']}, {found['dtype']}",
+        f"### {found['model']}, {found['dtype']}{many}",
         "",
         source(found, name, **rounds(found)),
         "Every contender in a process of its own, batches in turn. "

@@ -129,8 +129,8 @@ def evaluate(
             with its adapters off, and so with `adapter`; for any other, no likelihood.
         adapter: makes the guesses of gated decoding, see `cllm.generate`; the base model's own
             texts are decoded without it.
-        config: of Jacobi decoding. None: the default one, but without looking anything up in the
-            text, so that tokens per forward are what the model itself is worth.
+        config: of Jacobi decoding. None: windows of 16 on every device, and nothing is looked up in
+            the text, so that tokens per forward are what the model itself is worth.
         max_new_tokens: length limit of a text.
         batch_size: prompts that are decoded together.
 
@@ -141,7 +141,7 @@ def evaluate(
     if references is not None and len(references) != len(ids):
         raise ValueError(f"there are {len(ids)} prompts but {len(references)} references")
     settings: dict[str, Any] = {
-        "config": config or JacobiConfig(lookup=0),
+        "config": config or JacobiConfig(block_size=16, lookup=0),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }

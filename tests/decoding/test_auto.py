@@ -170,7 +170,7 @@ def test_a_patched_model_and_recorded_windows():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_size": "fast"}, "block_size must be an integer >= 1 or 'auto', not 'fast'"),
+        ({"block_size": "fast"}, "block_size must be None, an integer >= 1 or 'auto', not 'fast'"),
         ({"block_size": "auto", "mode": "block"}, "block_size='auto' needs mode='sliding'"),
         ({"block_size": "auto", "accept": "one"}, "block_size='auto' needs accept='all'"),
         ({"block_size": "auto", "verify_size": 2}, "block_size='auto' chooses verify_size, too"),

@@ -15,7 +15,7 @@ from .tiny_models import VOCAB, fresh_model, prompts, tiny_model
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 0}, "block_size must be an integer >= 1 or 'auto', not 0"),
+        ({"block_size": 0}, "block_size must be None, an integer >= 1 or 'auto', not 0"),
         ({"block_size": 2.5}, "block_size"),
         ({"block_size": True}, "block_size"),
         ({"mode": "tree"}, "mode must be one of 'sliding', 'block', not 'tree'"),
@@ -174,3 +174,27 @@ def test_a_model_that_would_be_decoded_wrongly_is_refused():
     model = Forgetful(tiny_model("llama").config).eval()
     with pytest.raises(cllm.UnsupportedModelError, match="does not give the logits"):
         cllm.generate(model, input_ids=IDS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "size"),
+    [
+        ({}, "cpu", 4),
+        ({}, "cuda", 16),
+        ({"block_size": 7}, "cpu", 7),
+        ({"verify_size": 9}, "cpu", 9),
+        ({"verify_size": 3}, "cpu", 4),
+        ({"verify_size": 3, "mode": "block"}, "cuda", 3),
+    ],
+)
+def test_the_block_size_that_nobody_named(changes, device, size):
+    config = cllm.JacobiConfig(**changes).on(device)
+    assert config.width == size and config.on("cpu") is config
+    with pytest.raises(ValueError, match="block_size=None is no number"):
+        _ = cllm.JacobiConfig().width
+    with pytest.raises(ValueError, match="verify_size must be None or an integer >= 1, not 0"):
+        cllm.JacobiConfig(verify_size=0)
+    found = cllm.generate(
+        tiny_model("llama"), **prompts([3]), max_new_tokens=8, return_dict_in_generate=True
+    )
+    assert found.block_size == 4

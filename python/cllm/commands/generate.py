@@ -92,7 +92,7 @@ def generate(
         bool, typer.Option("--no-chat-template", help="Feed the prompt as it stands.")
     ] = False,
     max_new_tokens: MaxNewTokensOption = 256,
-    block_size: AutoBlockSizeOption = 8,
+    block_size: AutoBlockSizeOption = None,
     adapter: AdapterOption = None,
     verify_size: VerifySizeOption = None,
     lookup: LookupOption = None,

@@ -23,11 +23,12 @@ class JacobiConfig:
     also fixes the forward's width and with it the rounding of near-ties.
 
     Attributes:
-        block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``"auto"``:
-            what should decode fastest, by the time of a forward (measured in the first call of a
-            model, device and batch size) and by how often guesses have been right in the calls
-            so far; 1 where nothing else pays. With an adapter it is also chosen whether to use it.
-            In sliding mode only. In bf16 and fp16 near-ties then fall by the width chosen.
+        block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``None``: 4
+            on a CPU, where rows cost time, else 16. ``"auto"``: what should decode fastest, by the
+            time of a forward (measured in the first call of a model, device and batch size) and by
+            how often guesses have been right in the calls so far; 1 where nothing else pays. With
+            an adapter it is also chosen whether to use it. In sliding mode only. In bf16 and fp16
+            near-ties then fall by the width chosen.
         mode: ``"sliding"`` moves the window past every token that is final; ``"block"`` is the
             paper's: iterate one n-token block to its fixed point, then start the next.
         fill: where a guess comes from when no earlier prediction is left for its position:
@@ -62,7 +63,7 @@ class JacobiConfig:
         ValueError: naming every field that has a bad value.
     """
 
-    block_size: BlockSize = 16
+    block_size: BlockSize | None = None
     mode: Mode = "sliding"
     fill: Fill = "prompt"
     seed: int | None = None
@@ -79,9 +80,9 @@ class JacobiConfig:
         problems = []
         if self.block_size == AUTO:
             problems.extend(self._auto_problems())
-        elif not _is_int(self.block_size) or self.block_size < 1:
+        elif self.block_size is not None and not _is_positive(self.block_size):
             problems.append(
-                f"block_size must be an integer >= 1 or 'auto', not {self.block_size!r}"
+                f"block_size must be None, an integer >= 1 or 'auto', not {self.block_size!r}"
             )
         elif self.verify_size is not None:
             problems.extend(_verify_problems(self.verify_size, self.block_size, self.mode))
@@ -131,9 +132,20 @@ class JacobiConfig:
     @property
     def width(self) -> int:
         """`block_size` of settings that name one."""
-        if isinstance(self.block_size, str):
-            raise ValueError("block_size='auto' is no number before a call has chosen one")
+        if self.block_size is None or isinstance(self.block_size, str):
+            raise ValueError(
+                f"block_size={self.block_size!r} is no number before a call has chosen one"
+            )
         return self.block_size
+
+    def on(self, device: str) -> JacobiConfig:
+        """These settings with the block size that ``None`` stands for on this type of device."""
+        if self.block_size is not None:
+            return self
+        size = _CPU_WINDOW if device == "cpu" else _WINDOW
+        if self.verify_size is not None:  # all of a block is checked
+            size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
+        return replace(self, block_size=size)
 
     def _auto_problems(self) -> list[str]:
         problems = []
@@ -168,11 +180,18 @@ class JacobiConfig:
 
 
 _LOOKUP = 3
+# of what was measured on held-out prompts the fastest (docs/performance.md)
+_CPU_WINDOW = 4
+_WINDOW = 16
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
 
 
-def _verify_problems(verify_size: object, block_size: int, mode: str) -> list[str]:
-    if not _is_int(verify_size) or not 1 <= verify_size <= block_size:  # type: ignore[operator]
+def _verify_problems(verify_size: object, block_size: int | None, mode: str) -> list[str]:
+    if block_size is None:
+        right = _is_positive(verify_size)
+        problem = f"verify_size must be None or an integer >= 1, not {verify_size!r}"
+        return [] if right else [problem]
+    if not _is_positive(verify_size) or verify_size > block_size:  # type: ignore[operator]
         return [
             f"verify_size must be None or an integer from 1 to block_size={block_size}, not "
             f"{verify_size!r}"
@@ -183,6 +202,10 @@ def _verify_problems(verify_size: object, block_size: int, mode: str) -> list[st
             "checks whole blocks; leave it None"
         ]
     return []
+
+
+def _is_positive(value: object) -> bool:
+    return _is_int(value) and value >= 1  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

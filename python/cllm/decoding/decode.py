@@ -90,19 +90,23 @@ def jacobi_decode(
         ValueError: a bad prompt, mask or setting; the message names it. So is `AdapterError`, an
             adapter that does not belong to this model.
     """
-    settings = (config or JacobiConfig()).updated(
-        block_size=block_size,
-        mode=mode,
-        fill=fill,
-        seed=seed,
-        max_iterations=max_iterations,
-        accept=accept,
-        record_trajectories=record_trajectories,
-        verify_size=verify_size,
-        lookup=lookup,
-        lookup_least=lookup_least,
-        pool=pool,
-        compile=compile,
+    settings = (
+        (config or JacobiConfig())
+        .updated(
+            block_size=block_size,
+            mode=mode,
+            fill=fill,
+            seed=seed,
+            max_iterations=max_iterations,
+            accept=accept,
+            record_trajectories=record_trajectories,
+            verify_size=verify_size,
+            lookup=lookup,
+            lookup_least=lookup_least,
+            pool=pool,
+            compile=compile,
+        )
+        .on(input_ids.device.type)
     )
     check_verify_size(settings, adapter)
     if generation_config is None:
