@@ -150,13 +150,10 @@ def ablation_section(found: dict[str, Any]) -> list[str]:
         rows.append(
             [
                 name, settings["divergence"], str(settings["lora_r"]), settings["sampling"],
-                f"{point['noisy_tokens']:,.0f}", f"{run['seconds']:,.0f} s",
-                f"{point['tokens_per_forward']:.2f}",
+                f"{point['noisy_tokens']:,.0f}", f"{point['tokens_per_forward']:.2f}",
             ]
         )  # fmt: skip
-    head = [
-        "run", "divergence", "rank", "sampling", "noisy tokens", "time", "tokens per forward",
-    ]  # fmt: skip
+    head = ["run", "divergence", "rank", "sampling", "noisy tokens", "tokens per forward"]
     return [
         "### One choice at a time",
         "",

@@ -223,3 +223,26 @@ def test_adapters_that_cannot_be_gone_on_from(make_trainer, tmp_path):
     other.save(tmp_path)
     with pytest.raises(ValueError, match=r"lora_from: the adapter in .* does not fit"):
         make_trainer(**settings)
+
+
+def test_autocast_takes_the_inputs_as_they_are(make_trainer, monkeypatch):
+    """From bf16 to fp32 and back is nothing but work: without it no bit changes."""
+    seen, runs = [], []
+
+    def watch(module, inputs):
+        seen.append(inputs[0].dtype)
+
+    for casts in (False, True):
+        if casts:
+            monkeypatch.setattr("cllm.training.trainer.lora_layers", lambda *_: [])
+        model = fresh_model("llama").to(torch.bfloat16)
+        trainer = make_trainer(model=model, max_steps=2, bf16=True, **GATED)
+        layers = [m for m in trainer.model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+        hook = layers[0].lora_A["default"].register_forward_pre_hook(watch)
+        trainer.train()
+        hook.remove()
+        runs.append(losses(trainer))
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+        expected = torch.float32 if casts else torch.bfloat16
+        assert seen.pop() == expected
+    assert runs[0] == runs[1]
