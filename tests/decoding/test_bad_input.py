@@ -177,19 +177,21 @@ def test_a_model_that_would_be_decoded_wrongly_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "size"),
+    ("changes", "device", "batch", "size"),
     [
-        ({}, "cpu", 4),
-        ({}, "cuda", 16),
-        ({"block_size": 7}, "cpu", 7),
-        ({"verify_size": 9}, "cpu", 9),
-        ({"verify_size": 3}, "cpu", 4),
-        ({"verify_size": 3, "mode": "block"}, "cuda", 3),
+        ({}, "cpu", 1, 4),
+        ({}, "cpu", 8, 2),
+        ({}, "cpu", 64, 1),
+        ({}, "cuda", 64, 16),
+        ({"block_size": 7}, "cpu", 8, 7),
+        ({"verify_size": 9}, "cpu", 1, 9),
+        ({"verify_size": 3}, "cpu", 1, 4),
+        ({"verify_size": 3, "mode": "block"}, "cuda", 1, 3),
     ],
 )
-def test_the_block_size_that_nobody_named(changes, device, size):
-    config = cllm.JacobiConfig(**changes).on(device)
-    assert config.width == size and config.on("cpu") is config
+def test_the_block_size_that_nobody_named(changes, device, batch, size):
+    config = cllm.JacobiConfig(**changes).on(device, batch)
+    assert config.width == size and config.on("cpu", 1) is config
     with pytest.raises(ValueError, match="block_size=None is no number"):
         _ = cllm.JacobiConfig().width
     with pytest.raises(ValueError, match="verify_size must be None or an integer >= 1, not 0"):

@@ -24,11 +24,11 @@ class JacobiConfig:
 
     Attributes:
         block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``None``: 4
-            on a CPU, where rows cost time, else 16. ``"auto"``: what should decode fastest, by the
-            time of a forward (measured in the first call of a model, device and batch size) and by
-            how often guesses have been right in the calls so far; 1 where nothing else pays. With
-            an adapter it is also chosen whether to use it. In sliding mode only. In bf16 and fp16
-            near-ties then fall by the width chosen.
+            on a CPU, where rows cost time, in batches of more than 4 fewer (`on`); else 16.
+            ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
+            call of a model, device and batch size) and by how often guesses have been right in the
+            calls so far; 1 where nothing else pays. With an adapter it is also chosen whether to
+            use it. In sliding mode only. In bf16 and fp16 near-ties then fall by the width chosen.
         mode: ``"sliding"`` moves the window past every token that is final; ``"block"`` is the
             paper's: iterate one n-token block to its fixed point, then start the next.
         fill: where a guess comes from when no earlier prediction is left for its position:
@@ -138,11 +138,12 @@ class JacobiConfig:
             )
         return self.block_size
 
-    def on(self, device: str) -> JacobiConfig:
-        """These settings with the block size that ``None`` stands for on this type of device."""
+    def on(self, device: str, batch: int) -> JacobiConfig:
+        """These settings with the block size that ``None`` stands for on this type of device, for a
+        batch of so many rows."""
         if self.block_size is not None:
             return self
-        size = _CPU_WINDOW if device == "cpu" else _WINDOW
+        size = min(_CPU_WINDOW, max(1, _CPU_ROWS // batch)) if device == "cpu" else _WINDOW
         if self.verify_size is not None:  # all of a block is checked
             size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
         return replace(self, block_size=size)
@@ -182,6 +183,7 @@ class JacobiConfig:
 _LOOKUP = 3
 # of what was measured on held-out prompts the fastest (docs/performance.md)
 _CPU_WINDOW = 4
+_CPU_ROWS = 16
 _WINDOW = 16
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
 

@@ -90,24 +90,21 @@ def jacobi_decode(
         ValueError: a bad prompt, mask or setting; the message names it. So is `AdapterError`, an
             adapter that does not belong to this model.
     """
-    settings = (
-        (config or JacobiConfig())
-        .updated(
-            block_size=block_size,
-            mode=mode,
-            fill=fill,
-            seed=seed,
-            max_iterations=max_iterations,
-            accept=accept,
-            record_trajectories=record_trajectories,
-            verify_size=verify_size,
-            lookup=lookup,
-            lookup_least=lookup_least,
-            pool=pool,
-            compile=compile,
-        )
-        .on(input_ids.device.type)
+    settings = (config or JacobiConfig()).updated(
+        block_size=block_size,
+        mode=mode,
+        fill=fill,
+        seed=seed,
+        max_iterations=max_iterations,
+        accept=accept,
+        record_trajectories=record_trajectories,
+        verify_size=verify_size,
+        lookup=lookup,
+        lookup_least=lookup_least,
+        pool=pool,
+        compile=compile,
     )
+    settings = settings.on(input_ids.device.type, max(1, input_ids.shape[0]))
     check_verify_size(settings, adapter)
     if generation_config is None:
         raise ValueError(
