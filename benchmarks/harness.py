@@ -43,8 +43,8 @@ def provenance(device: str) -> dict[str, Any]:
         cwd=Path(__file__).parent,
         check=False,
     ).stdout.strip()
-    # a copy of the tree has no history; whoever made it may say which commit it is
-    commit = commit or os.environ.get("SOURCE_COMMIT", "")
+    # a copy of the tree has no history, or another's; whoever made it may say which commit it is
+    commit = os.environ.get("SOURCE_COMMIT", commit)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": name,

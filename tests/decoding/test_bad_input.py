@@ -180,8 +180,10 @@ def test_a_model_that_would_be_decoded_wrongly_is_refused():
     ("changes", "device", "batch", "size"),
     [
         ({}, "cpu", 1, 4),
-        ({}, "cpu", 8, 2),
+        ({}, "cpu", 4, 2),
         ({}, "cpu", 64, 1),
+        ({"mode": "block"}, "cpu", 64, 4),
+        ({"record_trajectories": True}, "cpu", 64, 4),
         ({}, "cuda", 64, 16),
         ({"block_size": 7}, "cpu", 8, 7),
         ({"verify_size": 9}, "cpu", 1, 9),
@@ -192,6 +194,7 @@ def test_a_model_that_would_be_decoded_wrongly_is_refused():
 def test_the_block_size_that_nobody_named(changes, device, batch, size):
     config = cllm.JacobiConfig(**changes).on(device, batch)
     assert config.width == size and config.on("cpu", 1) is config
+    assert cllm.JacobiConfig().on("cpu", 64, gated=True).width == 4
     with pytest.raises(ValueError, match="block_size=None is no number"):
         _ = cllm.JacobiConfig().width
     with pytest.raises(ValueError, match="verify_size must be None or an integer >= 1, not 0"):

@@ -83,7 +83,7 @@ class FusedTerm:
         """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, filled up
         with zeros to a multiple of 32."""
         weights, key = self._weights, (self._name, self._dtype, self._device)
-        versions = _version(weights.a), _version(weights.b)
+        versions = version(weights.a), version(weights.b)
         known = self._casts.get(key)
         if known is not None and known[0] == versions:
             return known[1]
@@ -99,7 +99,7 @@ class FusedTerm:
         return made
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
     """Goes up with every change in place; nobody counts those of inference tensors."""
     return -1 if tensor.is_inference() else tensor._version
 

@@ -103,7 +103,7 @@ AutoBlockSizeOption = Annotated[
         parser=_block_size,
         metavar="N|auto",
         help="n: tokens guessed and checked in one forward; auto: what should be fastest here.  "
-        "[default: 4 on a CPU, else 16]",
+        "[default: 4 on a CPU, fewer in batches; else 16]",
     ),
 ]
 DtypeOption = Annotated[

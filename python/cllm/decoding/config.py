@@ -24,7 +24,7 @@ class JacobiConfig:
 
     Attributes:
         block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``None``: 4
-            on a CPU, where rows cost time, in batches of more than 4 fewer (`on`); else 16.
+            on a CPU, where rows cost time, in batches of more than 2 fewer (`on`); else 16.
             ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
             call of a model, device and batch size) and by how often guesses have been right in the
             calls so far; 1 where nothing else pays. With an adapter it is also chosen whether to
@@ -138,12 +138,14 @@ class JacobiConfig:
             )
         return self.block_size
 
-    def on(self, device: str, batch: int) -> JacobiConfig:
+    def on(self, device: str, batch: int, gated: bool = False) -> JacobiConfig:
         """These settings with the block size that ``None`` stands for on this type of device, for a
-        batch of so many rows."""
+        batch of so many rows; `gated`: an adapter guesses, who needs a place to guess for."""
         if self.block_size is not None:
             return self
-        size = min(_CPU_WINDOW, max(1, _CPU_ROWS // batch)) if device == "cpu" else _WINDOW
+        size = _CPU_WINDOW if device == "cpu" else _WINDOW
+        if device == "cpu" and self.mode == "sliding" and not (gated or self.record_trajectories):
+            size = min(size, max(1, _CPU_ROWS // batch))
         if self.verify_size is not None:  # all of a block is checked
             size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
         return replace(self, block_size=size)
@@ -181,9 +183,10 @@ class JacobiConfig:
 
 
 _LOOKUP = 3
-# of what was measured on held-out prompts the fastest (docs/performance.md)
+# By what was measured (docs/performance.md). On a CPU four are fastest alone, and in batches of 4
+# and 16 one is, or nearly; on a GPU sixteen rows cost 1.07 times what one does.
 _CPU_WINDOW = 4
-_CPU_ROWS = 16
+_CPU_ROWS = 8
 _WINDOW = 16
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
 

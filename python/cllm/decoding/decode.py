@@ -104,7 +104,9 @@ def jacobi_decode(
         pool=pool,
         compile=compile,
     )
-    settings = settings.on(input_ids.device.type, max(1, input_ids.shape[0]))
+    settings = settings.on(
+        input_ids.device.type, max(1, input_ids.shape[0]), gated=adapter is not None
+    )
     check_verify_size(settings, adapter)
     if generation_config is None:
         raise ValueError(

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,6 @@ from ..linears import _terms
 from .attention import chosen_implementation
 from .cache import VIEW_STEP, round_up
 from .forward import BlockForward, Layout
-from .layers import NativeLayer
 from .support import ModelTraits
 
 if TYPE_CHECKING:
@@ -58,21 +58,25 @@ class Captured:
     replay: Callable[[], Any]
 
 
+_capturing = threading.Lock()
+
+
 def capture(run: Callable[[], torch.Tensor]) -> Capture:
     """The result of `run`, and what computes it anew in the same place.
 
     Raises:
         RuntimeError: `run` does what cannot be captured, or memory is short.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):  # kernels are compiled
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with _own_workspace(), torch.cuda.graph(graph):
-        given = run()
+    with _capturing:  # all captures are made on one stream
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):  # kernels are compiled
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with _own_workspace(), torch.cuda.graph(graph):
+            given = run()
     return given, graph.replay
 
 
@@ -107,7 +111,6 @@ class GraphedForward(BlockForward):
         self.by_window = True
         self.iterations: OrderedDict[tuple, StaticIteration | None] = OrderedDict()
         self._captured: dict[tuple[int | None, int], Captured | None] = {}
-        self._held: list[Any] = []
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
@@ -157,7 +160,7 @@ class GraphedForward(BlockForward):
         """
         try:
             self._refuse()
-            found = capture(run)
+            given, replay = capture(run)
         except (RuntimeError, ValueError, AttributeError, TypeError) as failure:
             reason = str(failure).strip().splitlines() or ["no message"]
             warnings.warn(
@@ -166,8 +169,7 @@ class GraphedForward(BlockForward):
                 stacklevel=2,
             )
             return None
-        self._held += _surroundings(self.model)
-        return found
+        return given, partial(_replayed, replay, _surroundings(self.model))
 
     def _refuse(self) -> None:
         """Raises ValueError for what a capture would take down wrongly."""
@@ -186,28 +188,58 @@ class GraphedForward(BlockForward):
         return self.cache.nbytes + sum(found)
 
 
+def _replayed(replay: Callable[[], Any], held: list[Any]) -> Any:
+    """`replay`, which reads what `held` owns: for as long as somebody can call it."""
+    return replay()
+
+
 def _surroundings(model: Any) -> list[Any]:
-    """What a call puts around the modules of `model`: an adapter's hooks and terms, native layers.
-    They hold casts of an adapter's weights, which a capture reads by address in later calls."""
+    """What a call puts around the modules of `model` for an adapter: its hooks and terms. They hold
+    casts of its weights, which a capture reads by address in later calls."""
     found: list[Any] = []
     for module in model.modules():
         found += _terms.get(module, ())
         for hook in module._forward_hooks.values():
             if getattr(hook, "__module__", None) == low_rank.__name__:
                 found.append(hook)
-        native = getattr(vars(module).get("forward"), "__self__", None)
-        if isinstance(native, NativeLayer):
-            found.append(native)
     return found
 
 
-def _tuner_states(model: Any) -> list[tuple[bool, str, bool]]:
-    """Which adapters the PEFT layers of `model` apply; to switch them changes no address."""
+def _tuner_states(model: Any) -> list[tuple[bool, str, bool, str]]:
+    """Which adapters the PEFT layers of `model` apply, and how much; to switch them changes no
+    address."""
     return [
-        (module._disable_adapters, str(module.active_adapters), module.merged)
+        (
+            *(module._disable_adapters, str(module.active_adapters), module.merged),
+            str(getattr(module, "scaling", None)),
+        )
         for module in model.modules()
         if hasattr(module, "_disable_adapters")
     ]
+
+
+def _hooks(model: Any) -> tuple[int, ...]:
+    """Those that somebody else put on modules of `model`; an adapter's are not among them."""
+    return tuple(
+        id(hook)
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if getattr(hook, "__module__", None) != low_rank.__name__
+    )
+
+
+def _adapter_state(adapter: Any) -> int | None:
+    """Where its weights are and how often they were changed in place; an adapter made anew around
+    the same tensors has the same captures."""
+    if adapter is None:
+        return None
+    pairs = adapter.weights.items()
+    return hash(
+        tuple(
+            (name, pair.scaling, *((t.data_ptr(), low_rank.version(t)) for t in (pair.a, pair.b)))
+            for name, pair in pairs
+        )
+    )
 
 
 _lock = threading.Lock()
@@ -253,9 +285,11 @@ def graphed_forward(
         torch.is_autocast_enabled(device.type),
         torch.is_inference_mode_enabled(),
         *_tuner_states(model),
+        _hooks(model),
+        _adapter_state(adapter),
     )
     key = (
-        *(batch, slots, device, position_limit, layout, head is None, weights, id(adapter)),
+        *(batch, slots, device, position_limit, layout, head is None, weights),
         *modes,
     )
     with _lock:

@@ -26,6 +26,9 @@ from ..evaluation import (
 )
 from .lora import is_peft
 
+# where neither settings nor trajectories name one: the same on every device
+_BLOCK_SIZE = 16
+
 
 class HeldOut:
     """Held-out prompts, the base model that judges, and what the base model itself makes of them.
@@ -60,9 +63,7 @@ class HeldOut:
         manifest = getattr(dataset, "manifest", None)
         block = args.eval_block_size or getattr(manifest, "block_size", None)
         self._settings: dict[str, Any] = {
-            "config": JacobiConfig(
-                block_size=block or JacobiConfig.block_size, seed=args.seed, lookup=0
-            ),
+            "config": JacobiConfig(block_size=block or _BLOCK_SIZE, seed=args.seed, lookup=0),
             "max_new_tokens": args.eval_max_new_tokens,
             "batch_size": args.per_device_eval_batch_size,
         }

@@ -52,19 +52,21 @@ def without_input_casts(layers: list[Any]) -> Iterator[None]:
     Args:
         layers: of PEFT (`lora_layers`).
     """
+    before = [layer.cast_input_dtype_enabled for layer in layers]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.cast_input_dtype_enabled = True
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def lora_layers(model: Any, args: ConsistencyTrainingArguments) -> list[Any]:
     """The layers of `model` whose inputs autocast casts; none where it does not, or not always:
     checkpointed layers run again in the backward pass."""
-    if not (args.bf16 or args.fp16) or args.gradient_checkpointing or not is_peft(model):
+    checkpointed = args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False)
+    if not (args.bf16 or args.fp16) or checkpointed or not is_peft(model):
         return []
     return [layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
 
