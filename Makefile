@@ -33,7 +33,7 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
-# on a machine with a GPU: kernel tests on it, compute-sanitizer, a dated record (exit 2: no GPU)
+# on a machine with a GPU: the tests for it, compute-sanitizer, a dated record (exit 2: no GPU)
 test-gpu: $(VENV)/.ready
 	$(BIN)/python tests/gpu/run.py
 

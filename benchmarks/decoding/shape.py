@@ -98,8 +98,8 @@ def time_forward(model: Any, prompt: torch.Tensor, n: int, replays: int) -> list
 
 
 def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int) -> float:
-    """Seconds of an iteration of whole calls; random weights accept next to nothing, and
-    ``accept="one"`` makes it exactly one token."""
+    """Seconds of an iteration, of the quickest of three whole calls; random weights accept next to
+    nothing, and ``accept="one"`` makes it exactly one token."""
     settings: dict[str, Any] = dict(
         max_new_tokens=tokens, eos_token_id=None, block_size=n, accept="one", do_sample=False,
         compile="graph", return_dict_in_generate=True,

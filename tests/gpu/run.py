@@ -1,4 +1,4 @@
-"""The kernels on a real GPU: the parametrised tests, then compute-sanitizer, then a dated record.
+"""A real GPU's tests of kernels and decoding, and compute-sanitizer beside them; a dated record.
 
     python tests/gpu/run.py        (or: make test-gpu)
 

@@ -25,6 +25,7 @@ MODELS = {
     "rests everywhere": (40, 50, 5, 1, 10, False, True, 3),
     "norms of the heads": (32, 48, 4, 4, 8, True, False, 32),
     "more heads than one piece": (48, 33, 14, 2, 16, True, True, 5),
+    "a rank above that of the GPU's kernel": (32, 48, 4, 2, 8, False, False, 70),
 }
 NAN = float("nan")
 

@@ -28,7 +28,8 @@ class JacobiConfig:
             ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
             call of a model, device and batch size) and by how often guesses have been right in the
             calls so far; 1 where nothing else pays. With an adapter it is also chosen whether to
-            use it. In sliding mode only. In bf16 and fp16 near-ties then fall by the width chosen.
+            use it. In sliding mode only. In bf16 and fp16 near-ties fall by the width that
+            ``None`` or ``"auto"`` comes to.
         mode: ``"sliding"`` moves the window past every token that is final; ``"block"`` is the
             paper's: iterate one n-token block to its fixed point, then start the next.
         fill: where a guess comes from when no earlier prediction is left for its position:

@@ -47,7 +47,7 @@ def add_adapters(model: Any, args: ConsistencyTrainingArguments) -> Any:
 @contextmanager
 def without_input_casts(layers: list[Any]) -> Iterator[None]:
     """Under autocast, PEFT's layers turn their inputs into fp32, the dtype of their weights, only
-    for autocast to turn them back: a third of what a forward of adapters writes.
+    for autocast to turn them back.
 
     Args:
         layers: of PEFT (`lora_layers`).
