@@ -5,9 +5,9 @@ Three questions, for every task:
 - tokens per forward, of plain Jacobi decoding of the base and with the adapter, each without and
   with guesses looked up in the text, in fp32;
 - the text beside HuggingFace's greedy search of the base, token for token, for every prompt in
-  fp32; a text that differs is looked at by `cllm.verify`: a near-tie that another width of forward
+  fp32 (what does not depend on the adapter is kept for the next one); a text that differs is looked at by `cllm.verify`: a near-tie that another width of forward
   decides, or an error;
-- the clock: HuggingFace, plain Jacobi and gated decoding prompt by prompt in turn, both with
+- the clock: HuggingFace, plain Jacobi and gated decoding of the first prompts in turn, both with
   looking up, at the sizes that `cllm.tune` finds for the data type.
 
     python benchmarks/adapter/held_out.py --tasks recipes/adapter_held_out.yaml \
@@ -70,20 +70,24 @@ def tuned(
     }
 
 
+def greedy_inputs(prompt: list[int], most: int) -> dict[str, Any]:
+    """Arguments of ``generate``."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1}
+    return {"input_ids": ids, "attention_mask": mask, **settings}
+
+
+def huggingface(model: Any, prompt: list[int], most: int) -> tuple[list[int], int]:
+    """Greedy search."""
+    tokens = model.generate(**greedy_inputs(prompt, most))[0, len(prompt) :].tolist()
+    return tokens, len(tokens)
+
+
 def contenders(
     model: Any, adapter: cllm.GatedAdapter, windows: dict[str, Window]
 ) -> dict[str, Contender]:
     """What runs against the clock, by name."""
-
-    def inputs(prompt: list[int], most: int) -> dict[str, Any]:
-        ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
-        settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1}
-        return {"input_ids": ids, "attention_mask": mask, **settings}
-
-    def huggingface(prompt: list[int], most: int) -> tuple[list[int], int]:
-        tokens = model.generate(**inputs(prompt, most))[0, len(prompt) :].tolist()
-        return tokens, len(tokens)
 
     def jacobi(window: Window) -> Contender:
         def run(prompt: list[int], most: int) -> tuple[list[int], int]:
@@ -92,7 +96,7 @@ def contenders(
                 config=window.config,
                 adapter=adapter if window.gated else None,
                 return_dict_in_generate=True,
-                **inputs(prompt, most),
+                **greedy_inputs(prompt, most),
             )
             assert isinstance(out, cllm.JacobiOutput)
             assert out.sequences is not None and out.forwards is not None
@@ -100,7 +104,8 @@ def contenders(
 
         return run
 
-    return {HUGGINGFACE: huggingface, **{name: jacobi(w) for name, w in windows.items()}}
+    greedy = partial(huggingface, model)
+    return {HUGGINGFACE: greedy, **{name: jacobi(w) for name, w in windows.items()}}
 
 
 class Clock:
@@ -204,10 +209,21 @@ class Run:
             )  # fmt: skip
             return [vars(text) for text in found]
 
-        key = [*self.key, task.prompts, task.max_new_tokens, asdict(config)]
+        weights = self.key if window.gated else self.key[:1]
+        key = [*weights, task.prompts, task.max_new_tokens, asdict(config)]
         found = self.kept.get(f"texts-{task.name}", key, decode)
         texts = [text["tokens"] for text in found]
         return sum(map(len, texts)) / sum(text["forwards"] for text in found), texts
+
+    def references(self, task: Task) -> list[list[int]]:
+        """HuggingFace's greedy search of the base in fp32, prompt by prompt."""
+        greedy = partial(huggingface, self.base)
+        found = []
+        for number, prompt in enumerate(task.prompts):
+            key = [self.key[0], prompt, task.max_new_tokens]
+            decode = partial(greedy, prompt, task.max_new_tokens)
+            found.append(self.kept.get(f"reference-{task.name}-{number}", key, decode)[0])
+        return found
 
     def sizes(self, model: Any, dtype: str) -> dict[str, Any]:
         """What `tuned` finds."""
@@ -221,11 +237,10 @@ class Run:
     def clocked(
         self, task: Task, dtype: str, clock: Clock, windows: dict[str, Window]
     ) -> list[dict[str, Any]]:
-        """What `Clock` found for every prompt, in 16 bits for the first ones."""
+        """What `Clock` found for the first prompts."""
         most = task.max_new_tokens
-        count = len(task.prompts) if dtype == "float32" else self.options.clock_prompts
         rows = []
-        for number, prompt in enumerate(task.prompts[:count]):
+        for number, prompt in enumerate(task.prompts[: self.options.clock_prompts]):
             key = [*self.key, dtype, torch.get_num_threads(), prompt, most]
             key.append([asdict(window) for window in windows.values()])
             name = f"clock-{task.name}-{dtype}-{number}"
@@ -236,14 +251,15 @@ class Run:
         """The record's ``sizes`` and ``tasks``."""
         sizes: dict[str, Any] = {}
         found: dict[str, Any] = {}
-        texts: dict[tuple[str, str], list[list[int]]] = {}
         for task in self.tasks:
-            counted = {}
+            counted: dict[str, dict[str, Any]] = {}
+            references = self.references(task)
             windows = {PLAIN: Window(counting.block_size), GATED: counting}
             for kind, end in itertools.product(windows, ("", LOOKED_UP)):
                 name = kind + end
-                rate, texts[task.name, name] = self.counted(task, windows[kind], bool(end))
+                rate, texts = self.counted(task, windows[kind], bool(end))
                 counted[name] = {"tokens_per_forward": rate}
+                counted[name] |= compared(self.base, task.prompts, texts, references)
                 print(f"{task.name}, {name}: {rate:.3f} tokens a forward")
             found[task.name] = {
                 "prompts": len(task.prompts), "max_new_tokens": task.max_new_tokens,
@@ -264,11 +280,6 @@ class Run:
                 result["speed"][dtype] = speed
                 ratio = speed[GATED]["ratio_to_huggingface"]["median"]
                 print(f"{task.name}, {dtype}: {ratio:.2f} x HuggingFace greedy with the adapter")
-                if dtype == "float32":
-                    references = [row[HUGGINGFACE]["tokens"] for row in rows]
-                    for name, entry in result["counted"].items():
-                        own = texts[task.name, name]
-                        entry |= compared(model, task.prompts, own, references)
         return {"sizes": sizes, "tasks": found}
 
 
@@ -291,9 +302,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="there")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="against the clock")
     parser.add_argument(
-        "--clock-prompts", type=int, default=25,
-        help="of a task, against the clock in 16 bits; in fp32 it is all, for the texts",
-    )  # fmt: skip
+        "--clock-prompts", type=int, default=16, help="of a task, against the clock"
+    )
     parser.add_argument("--tune-prompts", type=int, default=2, help="of a task, to find the sizes")
     parser.add_argument("--tune-tokens", type=int, default=64)
     parser.add_argument("--work", type=Path, required=True, help="keeps what is finished")

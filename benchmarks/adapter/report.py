@@ -102,13 +102,19 @@ def held_out_section(found: dict[str, Any]) -> list[str]:
             for task, result in found["tasks"].items()
             for name, speed in result["speed"][dtype].items()
         ]  # fmt: skip
+        timed = max(
+            speed["texts"]
+            for result in found["tasks"].values()
+            for speed in result["speed"][dtype].values()
+        )
         head = [
             "task", "contender", "window", "tokens per forward", "tokens/s",
             "of HuggingFace greedy (quartiles)", "same text",
         ]  # fmt: skip
         lines += [
-            f"Against the clock in {dtype}, prompt by prompt in turn, batch 1, with guesses looked "
-            "up in the text, at the sizes that `cllm tune` found on a few of these prompts:",
+            f"Against the clock in {dtype}, the first {timed} prompts of a task, one by one in "
+            "turn, batch 1, with guesses looked up in the text, at the sizes that `cllm tune` "
+            "found on a few of these prompts:",
             "",
             *table(head, rows),
         ]

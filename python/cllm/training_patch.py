@@ -195,12 +195,12 @@ def patch_training(model: Any, config: ConsistencyConfig | None = None) -> Train
             "consistency training needs a model that takes position_ids"
         )
     config = config or ConsistencyConfig()
-    check_packed_forward(head, mask_kinds(name, text))
+    bound = check_packed_forward(head, mask_kinds(name, text))
     gate = None
     if config.gated:
         gate = AdapterGate(model)
         try:
-            check_gated_forward(head, mask_kinds(name, text), gate)
+            check_gated_forward(head, mask_kinds(name, text), gate, bound)
         except BaseException:
             gate.remove()
             raise

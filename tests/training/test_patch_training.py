@@ -377,6 +377,19 @@ def test_models_that_do_not_keep_to_masks_and_positions_are_refused(family):
         cllm.patch_training(fresh_model(family), CONFIG)
 
 
+def test_what_16_bits_round_is_not_taken_for_a_wrong_mask():
+    model = fresh_model().to(torch.bfloat16)
+    # as a trained adapter does in a deep model: small differences become large
+    model.model.norm.register_forward_hook(lambda module, args, output: torch.sin(20 * output))
+    cllm.patch_training(model, CONFIG).remove()
+    # what hangs on the column is still found
+    model.model.norm.register_forward_hook(
+        lambda module, args, output: output * torch.arange(output.shape[1])[:, None].cos()
+    )
+    with pytest.raises(UnsupportedModelError, match="on a packed row"):
+        cllm.patch_training(model, CONFIG)
+
+
 def test_other_models_are_refused():
     model = fresh_model()
     model.config._attn_implementation_internal = "flash_attention_2"
