@@ -5,8 +5,8 @@ Three questions, for every task:
 - tokens per forward, of plain Jacobi decoding of the base and with the adapter, each without and
   with guesses looked up in the text, in fp32;
 - the text beside HuggingFace's greedy search of the base, token for token, for every prompt in
-  fp32 (what does not depend on the adapter is kept for the next one); a text that differs is looked at by `cllm.verify`: a near-tie that another width of forward
-  decides, or an error;
+  fp32; a text that differs is looked at by `cllm.verify`: a near-tie that another width of forward
+  decides, or an error. What does not depend on the adapter is kept for the next one;
 - the clock: HuggingFace, plain Jacobi and gated decoding of the first prompts in turn, both with
   looking up, at the sizes that `cllm.tune` finds for the data type.
 
