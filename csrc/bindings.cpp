@@ -103,12 +103,12 @@ void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int 
 
 // addresses: hidden, out, then weight, bias, a, b of each of the seven linear layers, the four
 // norms, cos, sin, keys, values, lengths. sizes: batch, n, hidden, mlp, heads, kv_heads, head_size,
-// capacity, rotary_row, window, guesses_from, gated_from.
+// capacity, rotary_row, window, guesses_from, guess_width, gated_from.
 constexpr size_t kLayerAddresses = 2 + 4 * cllm::kLayerParts + 9;
 
 int64_t decoder_layer_cpu(const std::array<uintptr_t, kLayerAddresses>& addresses,
                           const std::array<int64_t, cllm::kLayerParts>& ranks, int dtype,
-                          const std::array<int64_t, 12>& sizes,
+                          const std::array<int64_t, 13>& sizes,
                           const std::array<int64_t, 6>& strides, float scale, float eps,
                           int threads) {
     cllm::DecoderLayer layer;
@@ -137,7 +137,8 @@ int64_t decoder_layer_cpu(const std::array<uintptr_t, kLayerAddresses>& addresse
     int64_t* const fields[] = {
         &layer.batch,      &layer.n,        &layer.hidden_size,  &layer.mlp_size,
         &layer.heads,      &layer.kv_heads, &layer.head_size,    &layer.capacity,
-        &layer.rotary_row, &layer.window,   &layer.guesses_from, &layer.gated_from};
+        &layer.rotary_row, &layer.window,   &layer.guesses_from, &layer.guess_width,
+        &layer.gated_from};
     for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
     layer.scale = scale;
     layer.eps = eps;

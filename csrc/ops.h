@@ -167,6 +167,7 @@ struct DecoderLayer {
     int64_t rotary_row;    // elements from one batch row's cos to the next's; 0: one for all
     int64_t window;        // positions that a query sees, or 0: all before it
     int64_t guesses_from;  // first guess row of every batch row; n: there is none
+    int64_t guess_width;   // guess rows of a chain, at least 1
     int64_t gated_from;    // first row of every batch row that gets the low-rank terms
     float scale;
     float eps;

@@ -54,6 +54,7 @@ def decoder_layer(
     scale: float | None = None,
     window: int | None = None,
     guesses_from: int | None = None,
+    guess_width: int | None = None,
     gated_from: int | None = None,
 ) -> Tensor:
     """h + MLP(norm(h)) with h = hidden + attention(norm(hidden)), behind a ragged KV cache.
@@ -69,7 +70,11 @@ def decoder_layer(
     and to tokens 0 .. i. With `guesses_from` = v the block holds a window twice, v verify rows and
     then guess rows: token i >= v stands at position lengths[b] + i - v and attends to the cached
     slots and to tokens v .. i. Verify rows read nothing of guess rows, which may be garbage; what
-    stands in the cache behind the verify rows' slots afterwards is of no use to anybody.
+    stands in the cache behind the verify rows' slots afterwards is of no use to anybody. With
+    `guess_width` = w every w of the guess rows are a chain of their own, at positions from
+    lengths[b] on, that sees the cached slots and itself: several candidates for the same places in
+    one block (tree attention of SpecInfer, Miao et al. 2024, where only the root is shared). Token
+    i's key and value then stand at slot lengths[b] + i, whatever chain it is of.
 
     Sums are fp32; 16-bit types are rounded where HuggingFace's modules round them. On the C++
     backend a row's result has the same bits beside any other rows, for any number of them and
@@ -86,6 +91,8 @@ def decoder_layer(
         scale: factor of the scores; None: 1 / sqrt(D).
         window: None, or the number of positions a query sees, its own included.
         guesses_from: v from 0 to n; None: there are no guess rows.
+        guess_width: w, at least 1; None: all guess rows are one chain, whose keys and values are
+            not kept.
         gated_from: first token of every row that gets the low-rank terms; None: all of them.
 
     Returns:
@@ -108,6 +115,8 @@ def decoder_layer(
         raise ValueError(f"decoder_layer: scale {scale} and eps {eps} must be finite, eps >= 0")
     if window is not None and window < 1:
         raise ValueError(f"decoder_layer: window must be at least 1 or None, not {window}")
+    if guess_width is not None and guess_width < 1:
+        raise ValueError(f"decoder_layer: guess_width must be at least 1, not {guess_width}")
     for name, row in (("guesses_from", guesses), ("gated_from", gated)):
         if not 0 <= row <= n:
             raise ValueError(f"decoder_layer: {name} must be from 0 to n = {n}, not {row}")
@@ -119,7 +128,7 @@ def decoder_layer(
             "call it under torch.no_grad()"
         )
     places = (cos, sin, k_cache, v_cache, lengths)
-    options = (scale, eps, window, guesses, gated)
+    options = (scale, eps, window, guesses, guess_width, gated)
     if eager(hidden, *places) and not (hidden.is_neg() or cos.is_neg() or sin.is_neg()):
         return OP.resolve(hidden.device)(hidden, weights, *places, *options)
     return torch.ops.cllm_kernels.decoder_layer.default(
@@ -230,7 +239,7 @@ def no_room(lengths: Tensor, n: int, cache: Tensor, row: int) -> ValueError:
 LIBRARY.define(
     "decoder_layer(Tensor hidden, Tensor?[] weights, int head_size, Tensor cos, Tensor sin, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, float scale, float eps, int? window, "
-    "int guesses_from, int gated_from) -> Tensor",
+    "int guesses_from, int? guess_width, int gated_from) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

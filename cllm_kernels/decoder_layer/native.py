@@ -25,6 +25,7 @@ def decoder_layer_cpu(
     eps: float,
     window: int | None,
     guesses_from: int,
+    guess_width: int | None,
     gated_from: int,
 ) -> Tensor:
     """[B, n, H]. Raises ValueError, naming the row, if a block does not fit its cache."""
@@ -56,6 +57,7 @@ def decoder_layer_cpu(
             n * size if cos.shape[0] == batch else 0,
             window or 0,
             guesses_from,
+            guess_width or max(1, n - guesses_from),
             gated_from,
         ),
         (*k_cache.stride()[:3], *v_cache.stride()[:3]),

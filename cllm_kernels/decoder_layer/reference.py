@@ -31,6 +31,7 @@ def layer(
     eps: float,
     window: int | None,
     guesses_from: int,
+    guess_width: int | None,
     gated_from: int,
 ) -> Tensor:
     """[B, n, H], every step a tensor of the dtype of `hidden`, as in HuggingFace's modules;
@@ -64,7 +65,7 @@ def layer(
     v = heads(project(2, x), None)
     _append(k_cache, k, lengths)
     _append(v_cache, v, lengths)
-    seen = _seen(lengths, n, guesses_from, k_cache.shape[2], window)
+    seen = _seen(lengths, n, guesses_from, guess_width, k_cache.shape[2], window)
     h = hidden + project(3, _attention(q, k_cache, v_cache, seen, scale))
     x = rms_norm(h, weights.mlp_norm, eps)
     return h + project(6, silu(project(4, x)) * project(5, x))
@@ -90,13 +91,21 @@ def _append(cache: Tensor, block: Tensor, lengths: Tensor) -> None:
     cache.scatter_(2, index, block.transpose(1, 2))
 
 
-def _seen(lengths: Tensor, n: int, guesses_from: int, slots: int, window: int | None) -> Tensor:
+def _seen(
+    lengths: Tensor,
+    n: int,
+    guesses_from: int,
+    guess_width: int | None,
+    slots: int,
+    window: int | None,
+) -> Tensor:
     """[B, n, C] bool: what every token attends to."""
     slot = torch.arange(slots, device=lengths.device)
     token = torch.arange(n, device=lengths.device)[:, None]
     start = lengths[:, None, None]
-    guess = token >= guesses_from
-    shift = torch.where(guess, guesses_from, 0)
+    width = guess_width or max(1, n - guesses_from)
+    chain = token - (token - guesses_from) % width  # where the chain of a guess begins
+    shift = torch.where(token >= guesses_from, chain, 0)
     query = start + token - shift  # positions
     own = slot - start  # a slot's number in the block
     key = torch.where(own >= 0, slot - shift, slot)

@@ -2,9 +2,10 @@
 in three Triton kernels instead of some twenty launches of torch's (`triton_low_rank`: a fourth, for
 adapters).
 
-Where a window stands twice, attention runs twice over the same cache: first for the guess rows,
-whose keys and values are written to the verify rows' slots, then for the verify rows, which
-overwrite them. So neither ever loads what the other must not see.
+Where a block holds several chains of tokens, attention runs over the same cache for one after the
+other, the verify rows last: each writes its keys and values to the verify rows' slots, over those
+of the one before. So none ever loads what it must not see. Chains that are to stay in the cache are
+written to their own slots behind that.
 """
 
 from __future__ import annotations
@@ -176,6 +177,13 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
+def append(cache: Tensor, block: Tensor, lengths: Tensor) -> None:
+    """Writes `block` [B, Hkv, n, D] to slots lengths[b] .. of `cache` [B, Hkv, C, D]."""
+    places = lengths[:, None] + torch.arange(block.shape[2], device=lengths.device)  # [B, n]
+    index = places[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    cache.scatter_(2, index, block)
+
+
 def decoder_layer(
     hidden: Tensor,  # [B, n, H]
     weights: DecoderWeights,
@@ -188,12 +196,16 @@ def decoder_layer(
     eps: float,
     window: int | None,
     guesses_from: int,
+    guess_width: int | None,
     gated_from: int,
 ) -> Tensor:
     """[B, n, H]. Nothing is read back."""
     if hidden.numel() == 0:
         return torch.empty_like(hidden)
     n = hidden.shape[1]
+    starts = range(guesses_from, n, guess_width or max(1, n - guesses_from))
+    chains = [(0, guesses_from)] if guesses_from else []
+    chains += [(start, min(n, start + (guess_width or n))) for start in starts]
 
     def project(indices: tuple[int, ...], x: Tensor) -> list[Tensor]:
         """The linear layers of `indices` on the same x [B, n, width]."""
@@ -220,9 +232,11 @@ def decoder_layer(
                 None,
                 None,
             ).transpose(1, 2)
-            for first, end in ((guesses_from, n), (0, guesses_from))
-            if first < end
+            for first, end in reversed(chains)
         ]
+        if guess_width is not None and guesses_from < n:
+            for cache, block in ((k_cache, k), (v_cache, v)):
+                append(cache, block[:, :, guesses_from:], lengths + guesses_from)
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)
         (attended,) = project((3,), mixed.flatten(2))
         h, x = rms_norm(hidden, weights.mlp_norm, eps, add=attended)

@@ -173,7 +173,10 @@ class Pass {
                            layer_.values.slot,
                            groups,
                            layer_.head_size,
-                           {{0, 0}, {0, 0}},
+                           0,
+                           0,
+                           0,
+                           0,
                            layer_.scale};
             see(query, length, token);
             kernel_.attend(query, layer_.dtype);
@@ -181,23 +184,15 @@ class Pass {
     }
 
     // Verify rows, and those of a block without guess rows, see what is committed and the block up
-    // to themselves. A guess row stands at the position of the verify row of its number, and of the
-    // block it sees guess rows alone.
+    // to themselves. A guess row stands at the position of its number in its chain, and of the
+    // block it sees that chain alone.
     void see(QueryRow& query, int64_t length, int64_t token) const {
-        const bool guess = token >= layer_.guesses_from;
-        const int64_t shift = guess ? layer_.guesses_from : 0;
-        const int64_t position = length + token - shift;
-        const int64_t from =
-            layer_.window > 0 ? std::max<int64_t>(position - layer_.window + 1, 0) : 0;
-        if (!guess) {
-            query.spans[0][0] = from;
-            query.spans[0][1] = position + 1;
-            return;
-        }
-        query.spans[0][0] = std::min(from, length);
-        query.spans[0][1] = length;
-        query.spans[1][0] = shift + std::max(from, length);
-        query.spans[1][1] = shift + position + 1;
+        const int64_t guess = token - layer_.guesses_from;
+        query.split = length;
+        query.shift = guess < 0 ? 0 : token - guess % layer_.guess_width;
+        const int64_t position = length + token - query.shift;
+        query.begin = layer_.window > 0 ? std::max<int64_t>(position - layer_.window + 1, 0) : 0;
+        query.end = position + 1;
     }
 
     void add_and_norm() const {

@@ -17,8 +17,12 @@ struct QueryRow {
     int64_t value_slot;
     int64_t groups;
     int64_t size;  // at most kLargestHead
-    // first and last + 1 of the committed slots and of the block's own
-    int64_t spans[2][2];
+    // first and last + 1 of the positions that it sees
+    int64_t begin;
+    int64_t end;
+    // from this position on, the slot is the position plus the shift, before it the position itself
+    int64_t split;
+    int64_t shift;
     float scale;
 };
 
@@ -34,7 +38,7 @@ struct DecoderLayerKernels {
     void (*rotate)(void* head, const void* cos, const void* sin, Dtype dtype, int64_t size);
     // gate [count] = silu(gate) * up, in place
     void (*silu_multiply)(void* gate, const void* up, Dtype dtype, int64_t count);
-    // softmax(scale * q k^T) v over the slots of both spans
+    // softmax(scale * q k^T) v over the positions that the row sees
     void (*attend)(const QueryRow& row, Dtype dtype);
 };
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .adapter import GatedAdapter, resolve_adapter
 from .adapter.peft_model import adapters_off
-from .decoding.checks import check_verify_size
+from .decoding.checks import check_adapter_settings
 from .decoding.config import JacobiConfig
 from .decoding.generate import run_generate
 from .decoding.support import UnsupportedOptionError, check_model
@@ -85,7 +85,7 @@ def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
     """
     check_model(model)
     config = config or JacobiConfig()
-    check_verify_size(config, adapter)
+    check_adapter_settings(config, adapter)
     resolved = None
     if adapter is not None:
         resolved = resolve_adapter(adapter)

@@ -51,8 +51,8 @@ def recorder(monkeypatch):
     monkeypatch.setattr(forward, "native_devices", set())
     own = BlockPlan.start_window
 
-    def start_window(plan, lengths, host_lengths, width, guesses_from=None):
-        own(plan, lengths, host_lengths, width, guesses_from)
+    def start_window(plan, lengths, host_lengths, width, **chains):
+        own(plan, lengths, host_lengths, width, **chains)
         if plan.batch == 1:
             plan.slots = lengths[0] + torch.arange(width)
 

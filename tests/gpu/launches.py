@@ -50,14 +50,16 @@ def block_linear() -> Iterator[Launch]:
 def decoder_layer() -> Iterator[Launch]:
     for dtype in DTYPES:
         for norms in (False, True):
-            for guesses in (None, 3):
+            for guesses, width in ((None, None), (3, None), (3, 2)):
                 yield (
-                    f"{dtype} norms={norms} guesses_from={guesses}",
-                    lambda d=dtype, norms=norms, guesses=guesses: layer(d, norms, guesses),
+                    f"{dtype} norms={norms} guesses_from={guesses} guess_width={width}",
+                    lambda d=dtype, norms=norms, chains=(guesses, width): layer(d, norms, *chains),
                 )
 
 
-def layer(dtype: torch.dtype, norms: bool, guesses: int | None) -> torch.Tensor:
+def layer(
+    dtype: torch.dtype, norms: bool, guesses: int | None, guess_width: int | None
+) -> torch.Tensor:
     # odd sizes: cuBLAS stores aligned tiles by TMA, whose writes initcheck does not see
     hidden, inner, heads, kv_heads, width, rank, n = 71, 101, 6, 2, 20, 3, 7
     shapes = [(heads * width, hidden), *[(kv_heads * width, hidden)] * 2, (hidden, heads * width)]
@@ -82,6 +84,7 @@ def layer(dtype: torch.dtype, norms: bool, guesses: int | None) -> torch.Tensor:
         torch.tensor([0, 7, 40], device=DEVICE),
         eps=1e-5,
         guesses_from=guesses,
+        guess_width=guess_width,
         gated_from=guesses,
     )
 

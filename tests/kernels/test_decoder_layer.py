@@ -75,7 +75,9 @@ def make_block(weights, lengths, n, capacity, seed=1, device="cpu"):
     return hidden, *rotary, *caches, torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
-def exact(hidden, weights, cos, sin, k_cache, v_cache, lengths, *, window, guesses, gated):
+def exact(
+    hidden, weights, cos, sin, k_cache, v_cache, lengths, *, window, guesses, guess_width, gated
+):
     """In fp64, one token after the other, with what each sees in a list."""
     hidden, cos, sin = (tensor.cpu().double() for tensor in (hidden, cos, sin))
     caches = k_cache.cpu().double(), v_cache.cpu().double()
@@ -112,7 +114,7 @@ def exact(hidden, weights, cos, sin, k_cache, v_cache, lengths, *, window, guess
                 q, k = norm(q, weights.query_norm), norm(k, weights.key_norm)
             keys.append(turned(k, row, token))
             values.append(project("value", x, token).view(-1, size))
-            first = guesses if token >= guesses else 0
+            first = 0 if token < guesses else token - (token - guesses) % (guess_width or 99)
             position = length + token - first
             seen = [(slot, *(cache[row, :, slot] for cache in caches)) for slot in range(length)]
             seen += [(length + i - first, keys[i], values[i]) for i in range(first, token + 1)]
@@ -142,7 +144,10 @@ def test_against_fp64(backend, device, model, dtype):
     if slow_interpreter(backend, device) and dtype is torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 tl.dot wrongly")
     weights = make_weights(model, dtype, device)
-    for window, guesses in ((None, None), (5, None), (None, 3), (5, 2), (1, 0)):
+    cases = [(None, None, None), (5, None, None), (None, 3, None), (5, 2, None), (1, 0, None)]
+    if dtype is torch.float32:  # several chains change what is seen, and not how it is rounded
+        cases += [(None, 3, 4), (None, 1, 2), (5, 3, 3), (None, 0, 2)]
+    for window, guesses, guess_width in cases:
         block = make_block(weights, [40, 0, 3], 7, 64, device=device)
         gated = 7 if guesses is None else guesses
         found_in = [tensor.clone(memory_format=torch.preserve_format) for tensor in block]
@@ -154,6 +159,7 @@ def test_against_fp64(backend, device, model, dtype):
                 eps=1e-5,
                 window=window,
                 guesses_from=guesses,
+                guess_width=guess_width,
                 gated_from=gated,
             )
         wanted = exact(
@@ -162,13 +168,14 @@ def test_against_fp64(backend, device, model, dtype):
             *block[1:],
             window=window,
             guesses=7 if guesses is None else guesses,
+            guess_width=guess_width,
             gated=gated,
         )
         check(found, wanted)
         for before, after in ((block[3], found_in[3]), (block[4], found_in[4])):
-            verified = 7 if guesses is None else guesses
+            kept = guesses if guesses is not None and guess_width is None else 7
             for row, length in enumerate((40, 0, 3)):  # the block's slots, and no other
-                assert after[row, :, length : length + verified].isfinite().all()
+                assert after[row, :, length : length + kept].isfinite().all()
                 assert torch.equal(after[row, :, :length], before[row, :, :length])
                 assert after[row, :, length + 7 :].isnan().all()
 
@@ -201,7 +208,7 @@ def test_a_rows_bits_are_its_own(dtype, data):
     lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3), "lengths")
     n, window = data.draw(st.integers(1, 9), "n"), data.draw(st.sampled_from([None, 6]), "window")
     weights = make_weights(model, dtype)
-    block = make_block(weights, lengths, n, 96)
+    block = make_block(weights, lengths, n, 112)
     options = {"eps": 1e-5, "window": window, "gated_from": n}
 
     def run(hidden, cos, sin, keys, values, lengths, **changes):
@@ -222,6 +229,17 @@ def test_a_rows_bits_are_its_own(dtype, data):
     twice[0][:, n:] *= data.draw(st.sampled_from([1.0, 1e30, NAN]), "garbage")
     gated = run(*twice, *block[3:], guesses_from=n, gated_from=n)
     assert torch.equal(gated[:, :n], whole)
+    # the block as one of several candidates, at slots further back
+    chains = data.draw(st.integers(2, 3), "chains")
+    first = data.draw(st.integers(0, n), "tokens before them")
+    several = [
+        torch.cat([tensor[:, :first], *[tensor] * chains], dim=1).contiguous()
+        for tensor in block[:3]
+    ]
+    rows = first + chains * n
+    found = run(*several, *block[3:], guesses_from=first, guess_width=n, gated_from=rows)
+    for start in range(first, rows, n):
+        assert torch.equal(found[:, start : start + n], whole)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(data.draw(st.integers(1, 4), "threads"))
@@ -299,7 +317,7 @@ def test_opcheck_and_the_list_of_tensors():
     block = make_block(weights, [5, 2], 3, 16)
     torch.library.opcheck(
         torch.ops.cllm_kernels.decoder_layer.default,
-        (block[0], plain_tensors(weights), weights.head_size, *block[1:], 0.25, 1e-5, 4, 3, 0),
+        (block[0], plain_tensors(weights), weights.head_size, *block[1:], 0.25, 1e-5, 4, 1, 2, 0),
     )
 
 
@@ -322,6 +340,7 @@ def test_gradients_are_refused():
         ({"lengths": torch.zeros(2).long()}, ValueError, r"lengths must be \[1\]"),
         ({"hidden": torch.zeros(1, 64, 3).transpose(1, 2)}, ValueError, "hidden .* contiguous"),
         ({"window": 0}, ValueError, "window must be at least 1 or None, not 0"),
+        ({"guess_width": 0}, ValueError, "guess_width must be at least 1, not 0"),
         ({"guesses_from": 4}, ValueError, "guesses_from must be from 0 to n = 3, not 4"),
         ({"gated_from": -1}, ValueError, "gated_from must be from 0 to n = 3, not -1"),
         ({"eps": -1.0}, ValueError, "eps >= 0"),

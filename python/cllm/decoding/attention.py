@@ -172,7 +172,7 @@ def _folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
     additive = mask
     if mask.dtype == torch.bool:
         # finfo.min keeps a row that sees nothing from NaN; where keys may be garbage (no row of
-        # `masks.gated_mask` sees nothing) only -inf keeps their scores from counting
+        # `masks.chains_mask` sees nothing) only -inf keeps their scores from counting
         exact = getattr(mask, "_cllm_exact", False)
         blocked = float("-inf") if exact else torch.finfo(dtype).min
         additive = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, blocked)

@@ -74,11 +74,13 @@ class BlockPlan:
         self.slots: torch.Tensor | None = None  # [B * n] flat index of every token of the block
         self.gather: torch.Tensor | None = None  # [B * view] flat index of every visible slot
         self.width = 0
-        self.guesses_from: int | None = None  # first guess row of a gated block
+        self.guesses_from: int | None = None  # first row behind the block's first chain
+        self.guess_width: int | None = None  # rows of every other one, None: all that are left
+        self.unsure_from: int | None = None  # first row that may be garbage
 
     def start_prefill(self, width: int) -> None:
         self.prefill, self.width, self.view = True, width, width
-        self.guesses_from = None
+        self.guesses_from = self.guess_width = self.unsure_from = None
         self.reserve(width)
 
     def start_window(
@@ -87,10 +89,18 @@ class BlockPlan:
         host_lengths: list[int],
         width: int,
         guesses_from: int | None = None,
+        guess_width: int | None = None,
     ) -> None:
         """Plan a forward of `width` rows behind `lengths` [B] (`host_lengths`: the same on the
-        host). Rows from `guesses_from` on may be garbage, see `finite_guesses`."""
-        self.prefill, self.width, self.guesses_from = False, width, guesses_from
+        host).
+
+        Rows from `guesses_from` on begin at ``lengths`` again: all of them as guesses of an adapter
+        that may be garbage, see `finite_guesses`, or every `guess_width` of them as another
+        candidate, which can be kept.
+        """
+        self.prefill, self.width = False, width
+        self.guesses_from, self.guess_width = guesses_from, guess_width
+        self.unsure_from = guesses_from if guess_width is None else None
         longest = max(host_lengths)
         self.reserve(longest + width)
         self.single = host_lengths[0]
@@ -208,7 +218,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.plan.handed and not self.plan.prefill:
             self.plan.offer(key_states, value_states, self)
             return key_states, value_states
-        first = self.plan.guesses_from
+        first = self.plan.unsure_from
         if first is not None:
             key_states = finite_guesses(key_states, first)
             value_states = finite_guesses(value_states, first)
@@ -238,6 +248,13 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(empty, empty)
         keys, values = self._with_room()
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy the tokens of slots `source` [B, m] to slots `target` [B, m]."""
+        for storage in self.stored():
+            rows = torch.arange(source.shape[0], device=storage.device)[:, None]
+            moved = storage[rows, source.to(storage.device)]
+            storage[rows, target.to(storage.device)] = moved
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The storage, keys and values."""
@@ -305,6 +322,12 @@ class RaggedCache(Cache):
         layer = self.layers[index]
         assert isinstance(layer, RaggedLayer)
         return layer
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """`RaggedLayer.move` in all layers."""
+        for layer in self.layers:
+            assert isinstance(layer, RaggedLayer)
+            layer.move(source, target)
 
     @property
     def nbytes(self) -> int:

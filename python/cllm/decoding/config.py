@@ -43,6 +43,10 @@ class JacobiConfig:
         pool: where nothing is found there, the guess behind each token is what the model predicted
             behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
             mode only. ``None``: where something is looked up and no adapter guesses.
+        candidates: ``C``, windows for the same places that one forward of C * n rows checks, each by
+            itself; the one with the most right guesses counts. They begin with different guesses:
+            other continuations of the text's end, the pool's, the predictions that were left over.
+            For devices on which rows cost little; in sliding mode and without an adapter only.
         seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
             the same text. ``None``: fills take 0, a call that samples draws a seed from its
             ``generator`` or from torch's own.
@@ -75,6 +79,7 @@ class JacobiConfig:
     lookup: int | None = None
     lookup_least: int | None = None
     pool: bool | None = None
+    candidates: int = 1
     compile: Compile | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +110,17 @@ class JacobiConfig:
             problems.append(f"pool must be None, True or False, not {pool!r}")
         elif pool and self.mode == "block":
             problems.append("pool=True needs mode='sliding': a block keeps its own guesses")
+        if not _is_positive(self.candidates):
+            problems.append(f"candidates must be an integer >= 1, not {self.candidates!r}")
+        elif self.candidates > 1 and self.mode == "block":
+            problems.append(
+                f"candidates={self.candidates} needs mode='sliding': a block keeps its own guesses"
+            )
+        elif self.candidates > 1 and self.verify_size is not None:
+            problems.append(
+                f"candidates={self.candidates} are all checked, without an adapter; leave "
+                "verify_size None"
+            )
         if self.compile is not None and self.compile not in get_args(Compile):
             problems.append(f"compile must be None or 'graph', not {self.compile!r}")
         record: Any = self.record_trajectories
@@ -159,6 +175,8 @@ class JacobiConfig:
             problems.append("block_size='auto' needs accept='all': one token a forward has no best")
         if self.compile is not None:
             problems.append("block_size='auto' times forwards without a graph; leave compile None")
+        if self.candidates != 1:
+            problems.append("block_size='auto' times forwards over one window; leave candidates 1")
         if self.verify_size is not None:
             problems.append("block_size='auto' chooses verify_size, too; leave it None")
         return problems

@@ -16,7 +16,8 @@ from ..adapter import Gate, resolve_adapter
 from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
 from .auto import choose
-from .checks import check_inputs, check_options, check_verify_size
+from .candidates import CandidateIteration
+from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedIteration
@@ -52,6 +53,7 @@ def jacobi_decode(
     lookup: int | None = None,
     lookup_least: int | None = None,
     pool: bool | None = None,
+    candidates: int | None = None,
     compile: Compile | None = None,
     adapter: Any = None,
     generator: torch.Generator | None = None,
@@ -102,12 +104,13 @@ def jacobi_decode(
         lookup=lookup,
         lookup_least=lookup_least,
         pool=pool,
+        candidates=candidates,
         compile=compile,
     )
     settings = settings.on(
         input_ids.device.type, max(1, input_ids.shape[0]), gated=adapter is not None
     )
-    check_verify_size(settings, adapter)
+    check_adapter_settings(settings, adapter)
     if generation_config is None:
         raise ValueError(
             "jacobi_decode was called without a generation_config; call "
@@ -155,7 +158,8 @@ def jacobi_decode(
         if adapter is not None and (choice is None or choice.gated):
             gate = stack.enter_context(adapter.applied(model))
         most = input_ids.shape[0] * _window_rows(settings, gate)
-        layout = choose_layout(model, traits, probed, most, gated=gate is not None)
+        chains = gate is not None or settings.candidates > 1
+        layout = choose_layout(model, traits, probed, most, gated=chains)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
             model,
@@ -254,10 +258,14 @@ def _start(
         lookup=lookup, pool=pool, predictor=Predictor(processors, noise, forward.head)
     )
     iteration: WindowIteration
-    if gate is None:
-        iteration = WindowIteration(forward, state, settings, **sources)
-    else:
+    if gate is not None:
         iteration = GatedIteration(forward, state, settings, gate=gate, **sources)
+    elif settings.candidates > 1 and settings.width > 1:
+        iteration = CandidateIteration(
+            forward, state, settings, candidates=settings.candidates, **sources
+        )
+    else:
+        iteration = WindowIteration(forward, state, settings, **sources)
     told: dict[str, Any] = dict(prompt_width=width, streamer=streamer)
     if isinstance(forward, GraphedForward):
         return graphed_loop(forward, iteration, rules, **told), seconds
@@ -265,9 +273,9 @@ def _start(
 
 
 def _window_rows(settings: JacobiConfig, gate: Gate | None) -> int:
-    """Rows of a forward over one window; with an adapter it stands twice."""
+    """Rows of a forward over one window, or all candidates; with an adapter it stands twice."""
     if gate is None:
-        return settings.width
+        return settings.width * settings.candidates
     return settings.width + (settings.verify_size or settings.width)
 
 

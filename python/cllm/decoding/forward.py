@@ -18,7 +18,7 @@ from ..linears import block_linears
 from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
 from .layers import decoder_layers, native_layers
-from .masks import CHUNKED, block_mask, gated_mask, window_mask
+from .masks import CHUNKED, block_mask, chains_mask, window_mask
 from .support import ModelTraits, UnsupportedModelError, check_model
 
 
@@ -185,10 +185,52 @@ class BlockForward:
         columns = torch.arange(width, device=tokens.device)
         positions = lengths[:, None] + torch.cat([columns[:verify], columns])
         masks = self.block_masks or {
-            kind: gated_mask(positions, verify, self.plan.view, kind, size, self.mask_dtype)
+            kind: chains_mask(positions, verify, width, self.plan.view, kind, size, self.mask_dtype)
             for kind, size in self.traits.mask_kinds.items()
         }
         return self._logits(torch.cat([tokens[:, :verify], tokens], dim=1), positions, masks)
+
+    def candidate_windows(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
+    ) -> torch.Tensor:
+        """Logits of several windows for the same places, each of which sees itself alone.
+
+        Args:
+            tokens: [B, C, n], token i of every candidate standing at position ``lengths[b] + i``.
+            lengths, host_lengths: as in `window`.
+
+        Returns:
+            [B, C, n, V]; with a head [B, C, n, H]. The first candidate is in the cache as a window
+            is; `keep` puts another one there.
+        """
+        batch, count, width = tokens.shape
+        self.plan.start_window(
+            lengths, host_lengths, count * width, guesses_from=width, guess_width=width
+        )
+        columns = torch.arange(width, device=tokens.device).repeat(count)
+        positions = lengths[:, None] + columns
+        masks = self.block_masks or {
+            kind: chains_mask(positions, width, width, self.plan.view, kind, size, self.mask_dtype)
+            for kind, size in self.traits.mask_kinds.items()
+        }
+        given = self._logits(tokens.flatten(1), positions, masks)
+        return given.view(batch, count, width, -1)
+
+    def keep(self, lengths: torch.Tensor, candidate: torch.Tensor, width: int) -> None:
+        """Put keys and values of one candidate of the latest `candidate_windows` where a window's
+        are.
+
+        Args:
+            lengths: [B] as they were then.
+            candidate: [B] number of the candidate.
+            width: n.
+        """
+        # a CPU need not wait to know
+        if width == 1 or (candidate.is_cpu and not bool(candidate.any())):
+            return
+        # the first token is the same in all
+        target = lengths[:, None] + torch.arange(1, width, device=lengths.device)
+        self.cache.move(target + candidate[:, None] * width, target)
 
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
         """The public forward, up to the head if there is one; `masks` is the 2D mask, or 4D masks
@@ -257,7 +299,7 @@ def _probe(
     if gated and traits.prefer_right_aligned:
         raise UnsupportedModelError(
             f"{type(model).__name__} reads a token's position off its place among the keys, where "
-            "verify and guess rows cannot share one; decode it without an adapter"
+            "two rows cannot share one; decode it without an adapter, and with candidates=1"
         )
     # far above rounding, far below what a wrong mask or position does to the logits
     bound = 1e-2 if model.dtype == torch.float32 else 0.1

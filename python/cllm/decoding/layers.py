@@ -179,6 +179,7 @@ class NativeLayer:
             scale=self.layer.self_attn.scaling,
             window=self.window,
             guesses_from=plan.guesses_from,
+            guess_width=plan.guess_width,
             gated_from=gated_from,
         )
 

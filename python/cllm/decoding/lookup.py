@@ -16,10 +16,12 @@ def look_up(
     *,
     longest: int,
     count: int,
+    ways: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What followed the latest of the longest earlier occurrences of every row's end.
 
-    A text that repeats itself is taken to go on doing so: where the earlier occurrence is less than
+    With several `ways` to go on, each next one is that of the occurrences behind which another
+    token stands than behind those before. A text that repeats itself is taken to go on doing so: where the earlier occurrence is less than
     `count` tokens back, the tokens since then follow again and again.
 
     Args:
@@ -30,8 +32,8 @@ def look_up(
         count: tokens to guess.
 
     Returns:
-        (guesses [B, count], length [B]): how many tokens of the end were found again, 0 where not
-        even the last one was; the guesses of such a row mean nothing.
+        (guesses [B, ways, count], length [B, ways]): how many tokens of the end were found again, 0
+        where not even the last one was; such guesses mean nothing.
     """
     columns = torch.arange(sequences.shape[1], device=sequences.device)
     last = (generated - 1)[:, None]
@@ -44,13 +46,21 @@ def look_up(
         # wraps around at the front, where columns - back lies before the row's start
         alive = alive & (sequences.roll(back, dims=1) == key) & (columns - back >= first)
         run = run + alive
-    score = run * sequences.shape[1] + columns
-    found = score.masked_fill(run == 0, -1).argmax(dim=1, keepdim=True)
-    length = run.gather(1, found)[:, 0]
-    period = (last - found).clamp(min=1)
+    score = (run * sequences.shape[1] + columns).masked_fill(run == 0, -1)
+    following = sequences.roll(-1, dims=1)
+    places, lengths = [], []
+    for way in range(ways):
+        found = score.argmax(dim=1, keepdim=True)
+        lengths.append(torch.where(score.gather(1, found) >= 0, run.gather(1, found), 0))
+        places.append(found)
+        if way + 1 < ways:
+            score = score.masked_fill(following == following.gather(1, found), -1)
+    found = torch.cat(places, dim=1)[:, :, None]  # [B, ways, 1]
+    period = (last[:, :, None] - found).clamp(min=1)
     steps = torch.arange(count, device=sequences.device)
     place = (found + 1 + steps % period).clamp(max=sequences.shape[1] - 1)
-    return sequences.gather(1, place), length
+    guesses = sequences.gather(1, place.flatten(1)).view(place.shape)
+    return guesses, torch.cat(lengths, dim=1)
 
 
 class Lookup:
@@ -79,12 +89,26 @@ class Lookup:
         Returns:
             [B, n] contiguous.
         """
+        guesses, found = self.several(window, sequences, generated, end, 1)
+        proposed = torch.cat([window[:, :1], guesses[:, 0]], dim=1)
+        return torch.where(found, proposed, window)
+
+    def several(
+        self,
+        window: torch.Tensor,
+        sequences: torch.Tensor,
+        generated: torch.Tensor,
+        end: int,
+        ways: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guesses [B, ways, n - 1] behind the window's first token, as `look_up` gives them, and
+        whether as much of the end as it takes was found again [B, ways]; arguments as above."""
         guesses, length = look_up(
             sequences[:, :end],
             generated,
             self.starts,
             longest=self.longest,
             count=window.shape[1] - 1,
+            ways=ways,
         )
-        proposed = torch.cat([window[:, :1], guesses], dim=1)
-        return torch.where((length >= self.least)[:, None], proposed, window)
+        return guesses, length >= self.least

@@ -59,40 +59,43 @@ def window_mask(
     return additive.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def gated_mask(
+def chains_mask(
     positions: torch.Tensor,
-    verify: int,
+    first: int,
+    width: int,
     view: int,
     kind: str,
     size: int | None,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """Which cache slots verify rows and guess rows may attend to.
+    """Which cache slots the rows of several chains behind the same text may attend to.
 
-    Verify row i, at position ``len + i``, sees what row i of a plain window sees. Guess row i, at
-    the same position, sees the slots of committed tokens and of guess rows up to itself, and no
-    verify row. Guess row j's slot is ``len + verify + j``.
+    Row i of the first chain, at position ``len + i``, sees what row i of a plain window sees. So
+    does a row of another chain, at the same position: the slots of committed tokens, and of its own
+    chain up to itself. The slot of a block's row j is ``len + j``.
 
-    What stands in the slots of guess rows may be garbage, so blocked places get -inf, which no
+    What stands in the slots of other chains may be garbage, so blocked places get -inf, which no
     finite score outweighs, and a boolean mask says so to `attention`.
 
     Args:
-        positions: [B, v + n] position of every row, verify rows first; those of verify rows are
+        positions: [B, N] position of every row, chain after chain; those of the first chain are
             their slots.
-        verify: v, the number of verify rows.
+        first: rows of the first chain.
+        width: rows of every other one.
         view, kind, size, dtype: as in `window_mask`.
 
     Returns:
-        [B, 1, v + n, K].
+        [B, 1, N, K].
     """
     slots = torch.arange(view, device=positions.device)
     start = positions[:, :1, None, None]  # [B, 1, 1, 1]
     queries = positions[:, None, :, None]
-    guesses = slots >= start + verify  # [B, 1, 1, K] slots of guess rows, and what is free
-    keys = slots - verify * guesses
-    # of the slots of this forward a row sees its own kind only
-    own = torch.arange(positions.shape[1], device=positions.device)[:, None] >= verify
-    allowed = (keys <= queries) & ((slots < start) | (guesses == own))
+    rows = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    # [N, 1] first row of the chain that a row is of
+    begins = torch.where(rows < first, 0, rows - (rows - first) % width)
+    own = slots - start  # [B, 1, 1, K] the row of the block that stands there; negative: none
+    keys = torch.where(own < 0, slots, slots - begins)  # positions, where the chain is the row's
+    allowed = (keys <= queries) & ((own < 0) | (own >= begins))
     if kind == SLIDING and size is not None:
         allowed &= keys > queries - size
     elif kind == CHUNKED and size is not None:
