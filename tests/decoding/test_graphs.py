@@ -78,6 +78,8 @@ CHANGES = (
     {"lookup": 0, "pool": True},
     {"pool": False},
     {"block_size": 1},
+    {"candidates": 3},
+    {"candidates": 2, "do_sample": True, "seed": 3, "repetition_penalty": 1.3},
     {"adapter": 0.05, "verify_size": 3},
     {"adapter": 0.05, "pool": True},
     {"adapter": 0.05, "mode": "block"},
@@ -208,8 +210,9 @@ def test_rows_that_are_done_write_nothing(recorder):
 def test_settings_that_are_fixed_in_a_capture_are_told_apart(recorder):
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
     expected = greedy(model, inputs, max_new_tokens=20)
-    changes = ({}, {"lookup": 2}, {"lookup_least": 1}, {"accept": "one"}, {"fill": "last"})
-    for count, change in enumerate((*changes, {"fill": "last"}), start=1):
+    changes = [{}, {"lookup": 2}, {"lookup_least": 1}, {"accept": "one"}, {"fill": "last"}]
+    changes += [{"candidates": 1, "pool": False}, {"candidates": 2}]
+    for count, change in enumerate((*changes, changes[-1]), start=1):
         found = graphed(model, inputs, max_new_tokens=20, **change)
         assert torch.equal(found.sequences, expected)
         assert recorder.captures == min(count, len(changes))
@@ -230,9 +233,12 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", ["sliding", "block"])
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_iteration_needs_no_host(gated, mode, recorder, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "gated", "candidates"),
+    [(mode, gated, 1) for mode in ("sliding", "block") for gated in (False, True)]
+    + [("sliding", False, 3)],
+)
+def test_an_iteration_needs_no_host(gated, mode, candidates, recorder, monkeypatch):
     # which looks first on a CPU, and only there
     monkeypatch.setattr(cache, "finite_guesses", lambda states, first: states)
     reads, own = HostReads(), recorder.capture
@@ -243,6 +249,7 @@ def test_an_iteration_needs_no_host(gated, mode, recorder, monkeypatch):
 
     monkeypatch.setattr(graphs, "capture", watched)
     settings = {"adapter": random_adapter("llama", 0.05)} if gated else {}
+    settings["candidates"] = candidates
     if mode == "sliding":
         settings["pool"] = True
     model = copy.deepcopy(tiny_model("llama"))

@@ -43,10 +43,11 @@ class JacobiConfig:
         pool: where nothing is found there, the guess behind each token is what the model predicted
             behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
             mode only. ``None``: where something is looked up and no adapter guesses.
-        candidates: ``C``, windows for the same places that one forward of C * n rows checks, each by
-            itself; the one with the most right guesses counts. They begin with different guesses:
-            other continuations of the text's end, the pool's, the predictions that were left over.
-            For devices on which rows cost little; in sliding mode and without an adapter only.
+        candidates: ``C``, windows for the same places that one forward of C * n rows checks, each
+            by itself; the one with the most right guesses counts. They begin with different
+            guesses: other continuations of the text's end, the pool's, the predictions that were
+            left over. For devices on which rows cost little; in sliding mode and without an adapter
+            only.
         seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
             the same text. ``None``: fills take 0, a call that samples draws a seed from its
             ``generator`` or from torch's own.

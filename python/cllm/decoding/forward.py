@@ -100,6 +100,7 @@ class BlockForward:
     ):
         self.model = model
         self.head = head
+        self.fixed = fixed
         self.traits = traits
         self.plan = BlockPlan(
             batch,
@@ -225,8 +226,9 @@ class BlockForward:
             candidate: [B] number of the candidate.
             width: n.
         """
-        # a CPU need not wait to know
-        if width == 1 or (candidate.is_cpu and not bool(candidate.any())):
+        # a CPU need not wait to know; what is captured may not ask
+        known = candidate.is_cpu and not self.fixed
+        if width == 1 or (known and not bool(candidate.any())):
             return
         # the first token is the same in all
         target = lengths[:, None] + torch.arange(1, width, device=lengths.device)

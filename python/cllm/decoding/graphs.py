@@ -48,8 +48,8 @@ class Captured:
     """A forward that can be had again.
 
     Attributes:
-        tokens: [B, n], lengths: [B]: what it reads.
-        given: [B, n or v + n, V or H], written by `replay`.
+        tokens: [B, n] or [B, C, n], lengths: [B]: what it reads.
+        given: [B, n or v + n, V or H] or [B, C, n, V or H], written by `replay`.
     """
 
     tokens: torch.Tensor
@@ -110,7 +110,7 @@ class GraphedForward(BlockForward):
         self.adapter: Any = None
         self.by_window = True
         self.iterations: OrderedDict[tuple, StaticIteration | None] = OrderedDict()
-        self._captured: dict[tuple[int | None, int], Captured | None] = {}
+        self._captured: dict[tuple[int | None, ...], Captured | None] = {}
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
@@ -130,6 +130,15 @@ class GraphedForward(BlockForward):
             verify, tokens, lengths, lambda ids, where: gated(ids, verify, where, host_lengths)
         )
 
+    def candidate_windows(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
+    ) -> torch.Tensor:
+        """As `BlockForward.candidate_windows`; what is returned is overwritten by the next one."""
+        several = super().candidate_windows
+        return self._forward(
+            None, tokens, lengths, lambda ids, where: several(ids, where, host_lengths)
+        )
+
     def _forward(
         self,
         verify: int | None,
@@ -139,7 +148,7 @@ class GraphedForward(BlockForward):
     ) -> torch.Tensor:
         if not self.by_window:
             return run(tokens, lengths)
-        key = (verify, tokens.shape[1])
+        key = (verify, *tokens.shape[1:])
         if key not in self._captured:
             own = tokens.clone(), lengths.clone()
             found = self.attempt(lambda: run(*own), f"forward over {list(tokens.shape)} tokens")

@@ -21,7 +21,9 @@ def look_up(
     """What followed the latest of the longest earlier occurrences of every row's end.
 
     With several `ways` to go on, each next one is that of the occurrences behind which another
-    token stands than behind those before. A text that repeats itself is taken to go on doing so: where the earlier occurrence is less than
+    token stands than behind those before.
+
+    A text that repeats itself is taken to go on doing so: where the earlier occurrence is less than
     `count` tokens back, the tokens since then follow again and again.
 
     Args:

@@ -208,6 +208,7 @@ def static_iteration(forward: GraphedForward, call: WindowIteration) -> StaticIt
         type(call),
         round_up(state.sequences.shape[1], _COLUMNS),
         config.width,
+        config.candidates,
         call.verify,
         config.mode,
         config.accept,

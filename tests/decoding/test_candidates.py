@@ -1,0 +1,177 @@
+"""Several candidates in one forward: the same text in fewer forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cllm
+from cllm.decoding.candidates import chosen, longest_right, taken
+from cllm.decoding.forward import BlockForward
+
+from .test_gated import greedy, random_adapter
+from .tiny_models import prompts, tiny_model
+
+# native layers; sliding windows; masks added to the scores; latent attention; names its attention
+FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "gemma2", "gpt2", "deepseek-v3", "falcon"]
+TOKENS = st.integers(0, 3)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The candidates that calls have kept, all rows of all forwards."""
+    found = []
+    own = BlockForward.keep
+
+    def keep(self, lengths, candidate, width):
+        found.extend(candidate.tolist())
+        own(self, lengths, candidate, width)
+
+    monkeypatch.setattr(BlockForward, "keep", keep)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_is_greedy_searchs(family, kept):
+    model, inputs = tiny_model(family), prompts([21, 6, 13])
+    expected = greedy(model, inputs, max_new_tokens=40)
+    for block_size, candidates, lookup in ((2, 2, 3), (5, 3, 0), (7, 4, 3)):
+        found = cllm.generate(
+            model, **inputs, max_new_tokens=40, block_size=block_size, candidates=candidates,
+            lookup=lookup, pool=True,
+        )  # fmt: skip
+        assert torch.equal(found, expected)
+    # what the cache was given of them is read from then on
+    assert max(kept) > 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    new_tokens=st.integers(1, 24),
+    block_size=st.integers(1, 9),
+    candidates=st.integers(2, 4),
+    lookup=st.sampled_from([0, 1, 3]),
+    pool=st.booleans(),
+    fill=st.sampled_from(["prompt", "last"]),
+    accept=st.sampled_from(["all", "one"]),
+    sampled=st.sampled_from(
+        [{}, {"do_sample": True, "seed": 5}, {"do_sample": True, "seed": 5, "top_k": 9}]
+    ),
+    processors=st.sampled_from([{}, {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3}]),
+    seed=st.integers(0, 96),
+)
+def test_one_text_for_every_number_of_them(
+    lengths, new_tokens, block_size, candidates, lookup, pool, fill, accept, sampled, processors,
+    seed,
+):  # fmt: skip
+    model, inputs = tiny_model("qwen3"), prompts(lengths, seed=seed)
+    settings = dict(max_new_tokens=new_tokens, **sampled, **processors)
+    expected = cllm.generate(model, **inputs, block_size=1, **settings)
+    found = cllm.generate(
+        model, **inputs, block_size=block_size, candidates=candidates, lookup=lookup, pool=pool,
+        fill=fill, accept=accept, **settings,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_near_ties_do_not_hang_on_which_of_them_it_is(dtype, kept):
+    """Native layers give a token the same bits in every candidate, and at every width."""
+    model = tiny_model("llama", dtype)
+    for seed in range(3):
+        inputs = prompts([30, 8], seed=seed)
+        expected = cllm.generate(model, **inputs, max_new_tokens=60, block_size=4)
+        found = cllm.generate(model, **inputs, max_new_tokens=60, block_size=4, candidates=3)
+        assert torch.equal(found, expected)
+    assert max(kept) > 0
+
+
+def test_they_take_fewer_forwards():
+    model, forwards = tiny_model("llama"), []
+    for candidates in (1, 2, 4):
+        outs = [
+            cllm.generate(
+                model, **prompts([24], seed=seed), max_new_tokens=60, block_size=6,
+                candidates=candidates, return_dict_in_generate=True,
+            )
+            for seed in range(6)
+        ]  # fmt: skip
+        forwards.append(sum(out.forwards for out in outs))
+    assert forwards[0] > forwards[1] > forwards[2]
+
+
+def test_what_is_recorded_is_the_window_that_was_kept():
+    model, inputs = tiny_model("llama"), prompts([24])
+    out = cllm.generate(
+        model, **inputs, max_new_tokens=60, block_size=6, candidates=3, record_trajectories=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    (trajectory,) = out.trajectories
+    assert trajectory.tokens == out.sequences[0, 24:].tolist()
+    assert sum(one.accepted for one in trajectory.iterations) == len(trajectory.tokens)
+    for one in trajectory.iterations:
+        right = 1
+        while right < 6 and one.window[right] == one.predictions[right - 1]:
+            right += 1
+        assert one.exact == right and len(one.window) == len(one.predictions) == 6
+
+
+@given(data=st.data(), count=st.integers(1, 4), rows=st.integers(1, 3), size=st.integers(1, 3))
+def test_the_first_usable_ones_that_differ(data, count, rows, size):
+    sources = data.draw(st.integers(count, 6), "sources")
+    guess = st.lists(TOKENS, min_size=size, max_size=size)
+    given_ = [[data.draw(guess) for _ in range(sources)] for _ in range(rows)]
+    usable = [[data.draw(st.booleans()) for _ in range(sources)] for _ in range(rows)]
+    found = chosen(torch.tensor(given_), torch.tensor(usable), count).tolist()
+    for row, flags, picked in zip(given_, usable, found, strict=True):
+        begun, first, second, rest = set(), [], [], []
+        for one, flag in zip(row, flags, strict=True):
+            (rest if not flag else second if one[0] in begun else first).append(one)
+            if flag:
+                begun.add(one[0])
+        assert picked == (first + second + rest)[:count]
+
+
+@given(data=st.data(), count=st.integers(1, 4), width=st.integers(1, 4))
+def test_the_longest_right_one_counts(data, count, width):
+    tokens = st.lists(TOKENS, min_size=width, max_size=width)
+    windows, predictions = (
+        [[data.draw(tokens) for _ in range(count)] for _ in range(2)] for _ in range(2)
+    )
+    best = longest_right(torch.tensor(windows), torch.tensor(predictions))
+    for row, candidate in enumerate(best.tolist()):
+        lengths = []
+        for window, predicted in zip(windows[row], predictions[row], strict=True):
+            right = 0
+            while right + 1 < width and window[right + 1] == predicted[right]:
+                right += 1
+            lengths.append(right)
+        assert candidate == lengths.index(max(lengths))
+        assert taken(torch.tensor(windows), best)[row].tolist() == windows[row][candidate]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"candidates": 0}, "candidates must be an integer >= 1, not 0"),
+        ({"candidates": 2, "mode": "block"}, "candidates=2 needs mode='sliding'"),
+        ({"candidates": 2, "verify_size": 3, "block_size": 4}, "leave verify_size None"),
+        ({"candidates": 2, "block_size": "auto"}, "leave candidates 1"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        cllm.JacobiConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_what_has_no_place_for_several_is_refused():
+    inputs = prompts([6])
+    with pytest.raises(ValueError, match="candidates=2 and an adapter do not go together"):
+        cllm.generate(
+            tiny_model("llama"), **inputs, candidates=2, adapter=random_adapter("llama", 0.05)
+        )
+    with pytest.raises(cllm.UnsupportedModelError, match="two rows cannot share one"):
+        cllm.generate(tiny_model("bloom"), **inputs, candidates=2)
