@@ -1,34 +1,15 @@
-"""What benchmarks of held-out prompts share: the tasks, and what is finished of a long run."""
+"""What benchmarks of held-out prompts share: the tasks."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cllm.bench.tasks import Task
 from cllm.evaluation import encode_prompts
-from cllm.files import write_atomically
 from cllm.training.collect.sources import Columns, Source, read_source
 
 _COLUMNS = ("prompt", "template", "id", "answer")
-
-
-@dataclass(frozen=True)
-class Task:
-    """Held-out prompts of one kind.
-
-    Attributes:
-        prompts: token ids of each.
-        answers: reference texts that end on a number, or None where there are none.
-    """
-
-    name: str
-    prompts: list[list[int]]
-    answers: list[str] | None
-    max_new_tokens: int
 
 
 def token_caps(given: list[str] | None) -> dict[str, int]:
@@ -76,27 +57,3 @@ def read_tasks(
         answers = None if answer is None else [str(row.response) for row in rows]
         tasks.append(Task(name, prompts, answers, most))
     return tasks
-
-
-class Kept:
-    """Finished parts of the run on disk, each under a key of all that it depends on."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}-{digest}.json"
-        if not path.exists():
-            write_atomically(path, json.dumps(make()).encode())
-        return json.loads(path.read_text())
-
-
-def weights_digest(model: Any) -> str:
-    """Names the weights, so that another model of the same folder is not taken for this one."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.flatten()
-        digest.update(name.encode())
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

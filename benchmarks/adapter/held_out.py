@@ -34,12 +34,13 @@ from typing import Any
 import torch
 
 import cllm
+from cllm.bench.tasks import Kept, Task, weights_digest
 from cllm.evaluation import decode_texts
 from cllm.tuning import Window
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record
-from benchmarks.tasks import Kept, Task, read_tasks, token_caps, weights_digest
+from benchmarks.tasks import read_tasks, token_caps
 
 HUGGINGFACE, PLAIN, GATED = "HuggingFace greedy", "Jacobi", "Jacobi, gated adapter"
 LOOKED_UP = ", looked up"

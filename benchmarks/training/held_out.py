@@ -26,11 +26,12 @@ import torch
 
 import cllm
 from cllm.answers import answer_accuracy
+from cllm.bench.tasks import Kept, Task, weights_digest
 from cllm.evaluation import DecodedText, decode_texts, negative_log_likelihoods, summarise
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, spread, write_record
-from benchmarks.tasks import Kept, Task, read_tasks, token_caps, weights_digest
+from benchmarks.tasks import read_tasks, token_caps
 
 BASE = "base"
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import adapter, collect, demo, generate, info, report, train, tune
+from .commands import adapter, bench, collect, demo, generate, info, report, train, tune
 from .commands.common import CommandError, CommandInterrupted, one_line
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("generate")(generate.generate)
 app.command("collect")(collect.collect)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 app.command("report")(report.report)
 app.add_typer(adapter.app, name="adapter")

@@ -9,35 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.decoding import compare, compare_report
-from benchmarks.decoding.contenders import EAGER, Setup
-from benchmarks.decoding.contest import Contestant, Failed
 from cllm import GatedAdapter
-from tests.decoding.tiny_models import fresh_model, tiny_model
+from cllm.bench.contenders import EAGER
+from cllm.bench.contest import Contestant, Failed
 from tests.one_thread import one_thread
 
 __all__ = ["one_thread"]
 
 OURS = "cllm, adapter, looked up"
-
-
-def test_what_a_forward_reads():
-    tied, untied = tiny_model("gpt2"), fresh_model("llama")
-    assert compare.weight_bytes(tied) == sum(p.nbytes for p in tied.parameters())
-    embedding = untied.get_input_embeddings().weight
-    whole = sum(p.nbytes for p in untied.parameters())
-    assert compare.weight_bytes(untied) == whole - embedding.nbytes
-    assert compare.bandwidth("cpu") > 1e8
-
-
-def test_a_contender_that_cannot_take_part_says_why(base):
-    setup = Setup(str(base), "float32", "cpu", None, None, None, 4, 64)
-    for name, reason in (
-        ("HuggingFace, draft model", r"no draft model was given \(--draft\)"),
-        ("cllm, adapter", r"no adapter was given \(--adapter\)"),
-    ):
-        one = Contestant(name, setup, 1, [], 4)
-        assert one.absent is not None and one.absent == reason.replace("\\", "")
-        one.close()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,8 +12,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.decoding.contenders import CONTENDERS, Absent, Setup
+from .contenders import CONTENDERS, Absent, Setup
 
 
 class Failed(RuntimeError):

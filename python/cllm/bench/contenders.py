@@ -1,4 +1,4 @@
-"""Who takes part in `compare.py`: every way to decode a model that a user could pick instead.
+"""Who takes part in a comparison: every way to decode a model that a user could pick instead.
 
 A contender is made inside its own process, decodes batches of prompts, and says how many forwards
 of the model it took, each of them counted.
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-import cllm
-from cllm.decoding.support import check_model
-from cllm.responders import end_tokens, left_padded, up_to_end
+from ..adapter import GatedAdapter
+from ..decoding import JacobiConfig, JacobiOutput, generate
+from ..decoding.support import check_model
+from ..responders import end_tokens, left_padded, up_to_end
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _Forwards:
 def load_model(name: str, setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, setup.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, setup.dtype))
     return model.to(setup.device).eval()
 
 
@@ -137,17 +138,17 @@ def _huggingface(model: Any, *, hooked: bool = True, **options: Any) -> Decode:
     return decode
 
 
-def _cllm(model: Any, config: cllm.JacobiConfig, adapter: Any = None) -> Decode:
+def _cllm(model: Any, config: JacobiConfig, adapter: Any = None) -> Decode:
     ends = end_tokens(model)
 
     def decode(prompts: list[list[int]], most: int) -> Decoded:
         inputs = _inputs(model, prompts, most)
         clock = _Clock()
-        out = cllm.generate(
+        out = generate(
             model, config=config, adapter=adapter, return_dict_in_generate=True,
             streamer=clock if len(prompts) == 1 else None, **inputs,
         )  # fmt: skip
-        assert isinstance(out, cllm.JacobiOutput)
+        assert isinstance(out, JacobiOutput)
         assert out.sequences is not None and out.forwards is not None
         sequences = out.sequences.cpu()
         seconds = time.perf_counter() - clock.started
@@ -168,7 +169,7 @@ def _compiled(setup: Setup) -> Decode:
     from transformers import CompileConfig, StaticCache
 
     model = load_model(setup.model, setup)
-    compile_config = CompileConfig(dynamic=False)
+    compile_config: Any = CompileConfig(dynamic=False)
     if setup.device == "cpu":
         compile_config = CompileConfig(mode="default", dynamic=False, fullgraph=False)
         compile_config._compile_all_devices = True
@@ -223,8 +224,9 @@ def _flashspec(setup: Setup) -> Decode:
     counted, ends = _Forwards(model), end_tokens(model)
     device, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
     target = TargetModel(setup.model, device, dtype, model=model)
+    drafters: Any = [NgramDrafter()]
     settings = FlashSpecConfig(device=setup.device, sampling=SamplingConfig(temperature=0.0))
-    engine = SpeculativeEngine(settings, [NgramDrafter()], target)
+    engine = SpeculativeEngine(settings, drafters, target)
 
     def decode(prompts: list[list[int]], most: int) -> Decoded:
         _one_row(prompts, "this path of flashspec")
@@ -242,11 +244,11 @@ def _flashspec(setup: Setup) -> Decode:
     return decode
 
 
-def _config(setup: Setup, changes: dict[str, Any]) -> cllm.JacobiConfig:
+def _config(setup: Setup, changes: dict[str, Any]) -> JacobiConfig:
     given: dict[str, Any] = {"block_size": setup.block_size} | changes
     if setup.device.startswith("cuda") and given["block_size"] != "auto":
         given["compile"] = "graph"
-    return cllm.JacobiConfig(**given)
+    return JacobiConfig(**given)
 
 
 def _jacobi(**changes: Any) -> Callable[[Setup], Decode]:
@@ -265,7 +267,7 @@ def _gated(**changes: Any) -> Callable[[Setup], Decode]:
         if setup.adapter is None:
             raise Absent("no adapter was given (--adapter)")
         model = load_model(setup.model, setup)
-        adapter = cllm.GatedAdapter.load(setup.adapter)
+        adapter = GatedAdapter.load(setup.adapter)
         adapter.check(model)
         return _cllm(model, _config(setup, changes), adapter)
 
@@ -276,7 +278,7 @@ def _weights(setup: Setup) -> Decode:
     if setup.cllm_weights is None:
         raise Absent("no CLLM weights were given (--cllm-weights)")
     model = load_model(setup.cllm_weights, setup)
-    return _cllm(model, cllm.JacobiConfig(block_size="auto"))
+    return _cllm(model, JacobiConfig(block_size="auto"))
 
 
 EAGER = "HuggingFace"
@@ -290,6 +292,7 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, Jacobi": _jacobi(lookup=0),
     "cllm, looked up": _jacobi(pool=False),
     "cllm, looked up, pool": _jacobi(),
+    "cllm, looked up, pool, tree": _jacobi(candidates=2),
     "cllm, automatic": _jacobi(block_size="auto"),
     "cllm, adapter": _gated(lookup=0),
     "cllm, adapter, looked up": _gated(),

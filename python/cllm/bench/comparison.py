@@ -1,0 +1,275 @@
+"""Contenders against each other: batches in turn, and what they say of each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..tuning import Spread
+from ..verification import near_tie_tolerance, verify
+from .contenders import CONTENDERS, EAGER, Setup
+from .contest import Contestant, Failed
+from .tasks import Kept, Task, weights_digest
+
+
+class NothingToCompare(RuntimeError):
+    """HuggingFace's own decoding failed, which all others are compared with."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is decoded.
+
+    Attributes:
+        contenders: names of `CONTENDERS`, HuggingFace's eager decoding among them.
+        batches: batch sizes.
+        rounds: times that every prompt is decoded.
+        warm_up: prompts of every task that are decoded before anything counts.
+        warm_up_tokens: most new tokens of each.
+    """
+
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    batches: tuple[int, ...] = (1,)
+    rounds: int = 2
+    warm_up: int = 2
+    warm_up_tokens: int = 32
+
+
+def in_batches(task: Task, size: int) -> list[list[list[int]]]:
+    """The task's prompts, `size` at a time; what is left over takes no part."""
+    whole = len(task.prompts) // size * size
+    return [task.prompts[start : start + size] for start in range(0, whole, size)]
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a forward of one token reads: all but the rows of the embedding
+    that it does not look up, where they are not the head's, too."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return total if head.weight is embedding.weight else total - embedding.weight.nbytes
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second that this machine reads at most: the sum of a large tensor."""
+    large = torch.ones(64 << 20, device=device)
+    best = float("inf")
+    for _ in range(5):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        large.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return large.nbytes / best
+
+
+class Comparison:
+    """A process a contender, each with a model of its own; they decode the same batches in turn, so
+    that a machine that slows down slows all of them down.
+
+    Attributes:
+        failures: who did not take part, or not to the end, and why.
+
+    Args:
+        reference: the model in fp32, whose greedy search the texts are compared with.
+        tasks: the first `limit` prompts of each count, those behind them warm up.
+        kept: finished batches, so that an interrupted run goes on where it was.
+        tell: is given a line whenever something is done; None: prints it.
+
+    Raises:
+        ValueError: a task with too few prompts for this plan.
+    """
+
+    def __init__(
+        self,
+        reference: Any,
+        tasks: Sequence[Task],
+        setup: Setup,
+        plan: Plan,
+        kept: Kept,
+        *,
+        limit: int | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.reference, self.setup, self.plan, self.kept = reference, setup, plan, kept
+        self.tasks = [replace(task, prompts=task.prompts[:limit]) for task in tasks]
+        self.warm_up = [
+            task.prompts[len(counted.prompts) :][: plan.warm_up]
+            for task, counted in zip(tasks, self.tasks, strict=True)
+        ]
+        for task, warm in zip(self.tasks, self.warm_up, strict=True):
+            if len(warm) < plan.warm_up:
+                raise ValueError(f"{task.name}: too few prompts, {plan.warm_up} are for warming up")
+            if len(task.prompts) < max(plan.batches):
+                raise ValueError(
+                    f"{task.name}: {len(task.prompts)} prompts are fewer than the largest batch, "
+                    f"{max(plan.batches)}"
+                )
+        self.key = [weights_digest(reference), asdict(setup), torch.get_num_threads()]
+        self.failures: dict[str, str] = {}
+        self._tell = tell or partial(print, flush=True)
+        self._out: set[tuple[str, int]] = set()
+
+    def references(self, task: Task) -> list[list[int]]:
+        """HuggingFace's greedy search in fp32, prompt by prompt."""
+
+        def decode() -> list[list[int]]:
+            found = []
+            for prompt in task.prompts:
+                ids = torch.tensor([prompt], device=self.setup.device)
+                out = self.reference.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                    max_new_tokens=task.max_new_tokens,
+                )  # fmt: skip
+                found.append(out[0, len(prompt) :].tolist())
+            return found
+
+        key = [self.key[0], task.prompts, task.max_new_tokens]
+        found: list[list[int]] = self.kept.get(f"reference-{task.name}", key, decode)
+        return found
+
+    def _warm_batches(self, size: int) -> list[list[list[int]]]:
+        if size == 1:
+            return [[prompt] for prompts in self.warm_up for prompt in prompts]
+        return [(prompts * size)[:size] for prompts in self.warm_up if prompts]
+
+    def contestants(self) -> Iterator[Contestant]:
+        """Those that take part, started.
+
+        Raises:
+            NothingToCompare: HuggingFace's eager decoding is not among them.
+        """
+        plan = self.plan
+        most = min(plan.warm_up_tokens, *(task.max_new_tokens for task in self.tasks))
+        warm_up = [one for size in plan.batches for one in self._warm_batches(size)]
+
+        def start(name: str) -> Contestant:
+            self._tell(f"{name}: starts")
+            return Contestant(name, self.setup, torch.get_num_threads(), warm_up, most)
+
+        # on a CPU one by one, so that nobody tunes itself while others are at work
+        at_once = len(CONTENDERS) if self.setup.device.startswith("cuda") else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            started = list(pool.map(start, plan.contenders))
+        for one in started:
+            if one.absent is None:
+                self._tell(f"{one.name}: ready")
+                yield one
+            else:
+                self._tell(f"{one.name}: does not take part: {one.absent}")
+                self.failures[one.name] = one.absent
+                one.close()
+                if one.name == EAGER:
+                    raise NothingToCompare(f"there is nothing to compare with: {one.absent}")
+
+    def run(self) -> dict[str, Any]:
+        """Batch size -> task -> contender -> figures."""
+        alive: list[Contestant] = []
+        found: dict[str, Any] = {}
+        try:
+            alive.extend(self.contestants())
+            for size in self.plan.batches:
+                rows: dict[str, dict[str, list[Any]]] = {}
+                turn = 0
+                for number in range(self.plan.rounds):
+                    for task in self.tasks:
+                        for place, prompts in enumerate(in_batches(task, size)):
+                            first = turn % max(1, len(alive))
+                            turn += 1
+                            for one in alive[first:] + alive[:first]:
+                                self._one(one, task, size, number, place, prompts, rows)
+                    self._tell(f"batch {size}: round {number + 1} of {self.plan.rounds}")
+                found[str(size)] = self._figures(size, rows)
+        finally:
+            for one in alive:
+                one.close()
+        return found
+
+    def _one(
+        self,
+        one: Contestant,
+        task: Task,
+        size: int,
+        number: int,
+        place: int,
+        prompts: list[list[int]],
+        rows: dict[str, dict[str, list[Any]]],
+    ) -> None:
+        if (one.name, size) in self._out:
+            return
+        key = [*self.key, one.name, prompts, task.max_new_tokens, number]
+        name = f"{task.name}-{size}-{number}-{place}"
+        try:
+            done = self.kept.get(name, key, lambda: one.decode(prompts, task.max_new_tokens))
+        except Failed as error:
+            if one.name == EAGER:
+                raise NothingToCompare(f"{EAGER}, batch {size}: {error}") from error
+            self._out.add((one.name, size))
+            self.failures[f"{one.name}, batch {size}"] = str(error)
+            self._tell(f"{one.name}, batch {size}: {error}")
+            return
+        rows.setdefault(task.name, {}).setdefault(one.name, []).append(done)
+
+    def _figures(self, size: int, rows: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        rounds = self.plan.rounds
+        for task in self.tasks:
+            named = rows[task.name]
+            count = len(in_batches(task, size)) * rounds
+            whole = len(in_batches(task, size)) * size
+            references = self.references(task)[:whole] * rounds
+            theirs = named[EAGER]
+            found[task.name] = {"prompts": whole, "max_new_tokens": task.max_new_tokens}
+            for name in CONTENDERS:
+                done = named.get(name, [])
+                if len(done) < count:  # it failed on the way
+                    continue
+                texts = [text for one in done for text in one["texts"]]
+                rates = [sum(map(len, one["texts"])) / one["seconds"] for one in done]
+                base = [sum(map(len, one["texts"])) / one["seconds"] for one in theirs]
+                forwards = [one["forwards"] for one in done]
+                first = [one["first_token"] for one in done if one["first_token"] is not None]
+                ratios = [a / b for a, b in zip(rates, base, strict=True)]
+                found[task.name][name] = {
+                    "tokens_per_second": asdict(Spread.of(rates)),
+                    "ratio": asdict(Spread.of(ratios)),
+                    "tokens_per_forward": sum(map(len, texts)) / (size * sum(forwards)),
+                    "seconds_per_forward": sum(one["seconds"] for one in done) / sum(forwards),
+                    "first_token": asdict(Spread.of(first)) if first else None,
+                    "peak_bytes": max(one["peak_bytes"] for one in done),
+                    **self._same(task, texts, references),
+                }
+        return found
+
+    def _same(self, task: Task, texts: list[Any], references: list[Any]) -> dict[str, int]:
+        """Texts that are the reference's, and of the others those that a near-tie explains."""
+        same = ties = 0
+        rounds = self.plan.rounds
+        prompts = task.prompts[: len(references) // rounds] * rounds
+        seen: dict[str, bool] = {}
+        for prompt, text, reference in zip(prompts, texts, references, strict=True):
+            if text == reference:
+                same += 1
+                continue
+            key = json.dumps([prompt, text])
+            if key not in seen:
+                tokens = torch.tensor([[*prompt, *text]], device=self.setup.device)
+                bound = near_tie_tolerance(getattr(torch, self.setup.dtype))
+                verified = verify(self.reference, tokens, len(prompt), tolerance=bound)
+                seen[key] = verified.ok
+            ties += seen[key]
+        return {"texts": len(texts), "same": same, "near_ties": ties}
+
+    def floor(self) -> dict[str, float]:
+        """The time in which this machine reads the weights once, and what it is made of."""
+        rate = bandwidth(self.setup.device)
+        size = weight_bytes(self.reference) * getattr(torch, self.setup.dtype).itemsize // 4
+        return {
+            "weight_bytes": size, "bytes_per_second": rate, "seconds_per_forward": size / rate,
+        }  # fmt: skip
