@@ -74,6 +74,10 @@ bench-decoding: $(VENV)/.ready
 	    --work runs/compare --record cpu || exit 1; \
 	done
 	$(BIN)/python benchmarks/decoding/compare_report.py
+	$(BIN)/python benchmarks/decoding/sources.py --tasks recipes/adapter_held_out.yaml $(TASKS) \
+	  --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --max-new-tokens 64 \
+	  --work runs/sources --record cpu
+	$(BIN)/python benchmarks/decoding/sources_report.py
 
 # records for this device, then plots and the section of docs/performance.md
 BENCH_DEVICE ?= cpu

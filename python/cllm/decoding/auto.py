@@ -161,7 +161,10 @@ def choose(
                 options.append((rate, -size, who is not None, acceptance))
     # of equals the narrowest
     _, size, gated, acceptance = max(options, key=lambda one: one[:2])
-    chosen = replace(settings, block_size=-size, verify_size=-size if gated else None)
+    # what was timed was no graph
+    chosen = replace(
+        settings, block_size=-size, verify_size=-size if gated else None, compile="off"
+    )
     return Choice(chosen, gated, acceptance)
 
 

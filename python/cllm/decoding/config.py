@@ -9,7 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
-Compile = Literal["graph"]
+Compile = Literal["graph", "off"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 
@@ -62,8 +62,9 @@ class JacobiConfig:
             Without an adapter there is nothing to set.
         compile: ``"graph"`` captures whole iterations in a CUDA graph and replays it, see
             `cllm.decoding.graphs`; with logits processors, samples or recorded trajectories the
-            forward over a window alone. A model keeps its captures for further calls. ``None``:
-            everything is launched kernel by kernel.
+            forward over a window alone. A model keeps its captures for further calls. ``"off"``:
+            everything is launched kernel by kernel. ``None``: the graph, on a GPU, for a model with
+            native layers, from the second call of a shape on.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -123,7 +124,7 @@ class JacobiConfig:
                 "verify_size None"
             )
         if self.compile is not None and self.compile not in get_args(Compile):
-            problems.append(f"compile must be None or 'graph', not {self.compile!r}")
+            problems.append(f"compile must be None, 'graph' or 'off', not {self.compile!r}")
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
             problems.append(f"record_trajectories must be True or False, not {record!r}")
@@ -174,7 +175,7 @@ class JacobiConfig:
             problems.append("block_size='auto' needs mode='sliding'")
         if self.accept != "all":
             problems.append("block_size='auto' needs accept='all': one token a forward has no best")
-        if self.compile is not None:
+        if self.compile == "graph":
             problems.append("block_size='auto' times forwards without a graph; leave compile None")
         if self.candidates != 1:
             problems.append("block_size='auto' times forwards over one window; leave candidates 1")

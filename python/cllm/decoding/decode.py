@@ -16,12 +16,13 @@ from ..adapter import Gate, resolve_adapter
 from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
 from .auto import choose
+from .cache import VIEW_STEP, round_up
 from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedIteration
-from .graphs import GraphedForward, graphed_forward
+from .graphs import GraphedForward, comes_again, graphed_forward
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
@@ -229,7 +230,11 @@ def _start(
         head=head,
     )
     forward: BlockForward
+    compiled = settings.compile == "graph"
     if settings.compile is None:
+        again = (batch, round_up(shape["slots"], VIEW_STEP), settings.width, gate is None)
+        compiled = comes_again(model, layout, input_ids.device, again)
+    if not compiled:
         forward = BlockForward(model, traits, **shape)
     else:
         owner = None if gate is None else adapter

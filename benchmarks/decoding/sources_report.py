@@ -1,0 +1,61 @@
+"""Writes the record of sources.py into docs/performance.md.
+
+python benchmarks/decoding/sources_report.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.harness import RESULTS, rewrite
+from benchmarks.pages import record, source, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAME = "guess_sources"
+MARKERS = (
+    "<!-- sources: begin (written by benchmarks/decoding/sources_report.py) -->",
+    "<!-- sources: end -->",
+)
+
+
+def section(results: Path) -> str:
+    found = record(results, NAME)
+    if found is None:
+        return "Nothing has been recorded yet."
+    tasks: dict[str, Any] = found["tasks"]
+    names = list(dict.fromkeys(name for task in tasks.values() for name in task["sources"]))
+    rows = []
+    for name in names:
+        cells, same, texts = [], 0, 0
+        for task in tasks.values():
+            one = task["sources"].get(name)
+            cells.append("" if one is None else f"{one['tokens_per_forward']:.2f}")
+            if one is not None:
+                same, texts = same + one["same"], texts + task["prompts"]
+        rows.append([name, *cells, f"{same} of {texts}"])
+    sizes = [
+        f"{name}: {task['prompts']} prompts of up to {task['max_new_tokens']} tokens"
+        for name, task in tasks.items()
+    ]
+    return "\n".join(
+        [
+            source(found, NAME),
+            f"{found['model']}, fp32, n = {found['block_size']}; {'; '.join(sizes)}. Every forward "
+            "counts but the prefill; texts are compared with those of the first line.",
+            "",
+            *table(["guesses", *tasks, "same texts"], rows),
+        ]
+    ).rstrip()
+
+
+def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    page = docs / "performance.md"
+    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
