@@ -33,6 +33,7 @@ def test_json_and_table(run, arguments, tmp_path, capsys):
     result = run(*arguments, *chosen, "--batch", 1, "--batch", 2, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
+    assert found["adapter"] is None
     assert found["absent"] == {"HuggingFace, draft model": "no draft model was given (--draft)"}
     for size in ("1", "2"):
         figures = found["batches"][size]
@@ -42,13 +43,14 @@ def test_json_and_table(run, arguments, tmp_path, capsys):
         assert figures[EAGER]["ratio"]["median"] == 1.0
     assert list(work.iterdir())
 
+    assert "Loading weights" not in result.err
     capsys.readouterr()
-    bench._print(found)
+    bench._print(found | {"adapter": {"name": "guesser"}})
     shown = capsys.readouterr().out
     assert "batch 2: 2 prompts, up to 6 new tokens each, decoded 1 time" in shown
     rows = [line.strip() for line in shown.splitlines() if line.strip().startswith(OURS)]
     assert len(rows) == 2 and all(row.endswith("2/2") for row in rows)
-    assert "floor: " in shown
+    assert "floor: " in shown and "adapter: guesser" in shown
     assert "not there: HuggingFace, draft model: no draft model was given (--draft)" in shown
 
 

@@ -183,7 +183,7 @@ def test_a_damaged_shipped_adapter_is_said(demo, shipped, what):
 def test_sizes_give_way(model):
     adapter = GatedAdapter.random(model, 2)
     adapter.metadata |= {"block_size": 16, "verify_size": 8}
-    chosen = ChosenAdapter("x", adapter)
+    chosen = ChosenAdapter("x", adapter, "x")
     assert sizes(None, None, "sliding", chosen) == (16, 8)
     assert sizes(4, None, "sliding", chosen) == (4, 4)
     assert sizes(None, 5, "sliding", chosen) == (16, 5)
@@ -217,7 +217,7 @@ def test_table_fits_eighty_columns():
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_live_view_says_who_guesses(model, width):
-    line = ChosenAdapter("tiny-guesser", GatedAdapter.random(model, 3)).line
+    line = ChosenAdapter("tiny-guesser", GatedAdapter.random(model, 3), "tiny-guesser").line
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=30)
     with LiveView(console, lambda ids: "text", "tiny-llama", 16, line) as view:
         view.prompt(1, 1, Prompt("gsm8k/0", "how many"))

@@ -80,7 +80,10 @@ def _work(
     warm_up: list[list[list[int]]],
     most: int,
 ) -> None:
+    from transformers.utils import logging
+
     torch.set_num_threads(threads)
+    logging.disable_progress_bar()  # whoever asked shows how far it is
     try:
         decode = CONTENDERS[name](setup)
         for prompts in warm_up:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .chosen import given_adapter, shipped_for
 from .common import (
-    AdapterOption,
     BlockSizeOption,
     CommandError,
     DebugOption,
@@ -27,7 +27,6 @@ from .common import (
     choose_prompts,
     diagnostics,
     load,
-    load_adapter,
     write_json,
 )
 
@@ -36,7 +35,16 @@ _TASK = "prompts"
 
 def bench(
     model: ModelOption = None,
-    adapter: AdapterOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="PATH_OR_HUB_ID",
+            help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
+            "the one that ships with the package for this model, if there is one]",
+            show_default=False,
+        ),
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -116,8 +124,8 @@ def bench(
         )
     errors = diagnostics()
     loaded = load(model, Dtype.float32, device, threads, errors)
-    if adapter is not None:
-        load_adapter(adapter, loaded, errors)
+    with errors.status("looking for an adapter"):
+        guesser = shipped_for(loaded) if adapter is None else given_adapter(adapter, loaded, errors)
 
     from ..bench.comparison import Comparison, NothingToCompare, Plan
     from ..bench.contenders import Setup
@@ -132,7 +140,7 @@ def bench(
         loaded.model.config.name_or_path,
         dtype.value,
         str(loaded.model.device),
-        adapter,
+        None if guesser is None else guesser.source,
         draft,
         cllm_weights,
         block_size,
@@ -158,7 +166,7 @@ def bench(
             raise CommandError(str(error)) from error
     result = {
         "model": loaded.name,
-        "adapter": adapter,
+        "adapter": None if guesser is None else guesser.to_json(),
         "dtype": dtype.value,
         "device": setup.device,
         "block_size": block_size,
@@ -190,6 +198,8 @@ def _print(result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
         screen.print(_table(figures, floor["seconds_per_forward"]))
+    if result["adapter"] is not None:
+        screen.print(f"adapter: {result['adapter']['name']}", markup=False, soft_wrap=True)
     screen.print(
         f"floor: {floor['weight_bytes'] / 2**20:.0f} MiB of weights at "
         f"{floor['bytes_per_second'] / 1e9:.1f} GB/s, "

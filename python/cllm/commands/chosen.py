@@ -24,10 +24,12 @@ class ChosenAdapter:
     Attributes:
         name: of the shipped adapter, or the folder or hub id that was given.
         shipped: whether it came with the package.
+        source: folder or hub id to load it from.
     """
 
     name: str
     adapter: GatedAdapter
+    source: str
     shipped: bool = False
 
     def __str__(self) -> str:
@@ -66,7 +68,8 @@ def given_adapter(source: str, loaded: LoadedModel, errors: Console) -> ChosenAd
         AdapterError: it cannot be read, or belongs to another model.
     """
     adapter = load_adapter(source, loaded, errors)
-    return ChosenAdapter(Path(source).name if Path(source).is_dir() else source, adapter)
+    name = Path(source).name if Path(source).is_dir() else source
+    return ChosenAdapter(name, adapter, source)
 
 
 def shipped_for(loaded: LoadedModel) -> ChosenAdapter | None:
@@ -84,7 +87,7 @@ def shipped_for(loaded: LoadedModel) -> ChosenAdapter | None:
         return None
     adapter = found.load()
     adapter.check(loaded.model)
-    return ChosenAdapter(found.name, adapter, shipped=True)
+    return ChosenAdapter(found.name, adapter, str(found.folder), shipped=True)
 
 
 def sizes(
