@@ -124,8 +124,9 @@ def beside_the_paper(tasks: dict[str, Any]) -> list[str]:
             "CLLM, its paper's number", "Medusa-2, the same paper's"]  # fmt: skip
     return [
         "Beside the numbers of the CLLM paper (arXiv 2403.00835): 7B weights on an A100, each "
-        "beside one-token decoding of its own weights; CLLM and Medusa-2 are trained for the task "
-        "and their text is their own, here it is the base model's.",
+        "beside one-token decoding of its own weights; its code model was trained on "
+        "Code-search-Python. CLLM and Medusa-2 are trained for the task and their text is their "
+        "own, here it is the base model's.",
         "",
         *table(head, rows),
     ]

@@ -115,7 +115,9 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
         def call() -> Tensor:
             x = inputs["hidden"]
             for weights, *caches in layered:
-                x = one(x, weights, cos, sin, *caches, lengths, size**-0.5, EPS, None, rows, rows)
+                x = one(
+                    x, weights, cos, sin, *caches, lengths, size**-0.5, EPS, None, rows, None, rows
+                )
             return x
 
         return Run(call)

@@ -100,7 +100,8 @@ def decoder_layer(
 
     Raises:
         ValueError: shapes, strides, devices or options that do not fit; on the CPU a row whose
-            block does not fit its cache (on a GPU as in `block_attention`). TypeError: a wrong
+            block does not fit its cache (on a GPU as in `block_attention`, but with `guess_width`
+            it has to fit there, too). TypeError: a wrong
             dtype. RuntimeError: gradients were asked for; there are none. BackendError: see
             `use_backend`.
     """

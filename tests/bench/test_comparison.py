@@ -50,6 +50,17 @@ def test_a_contender_that_cannot_take_part_says_why(setup):
         one.close()
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_is_named(setup):
+    one = Contestant("cllm, one token", setup, 1, [], 4)
+    assert one.absent is None and len(one.decode([[3, 4]], 4)["texts"][0]) == 4
+    one._process.kill()
+    for _ in range(2):
+        with pytest.raises(Failed, match="its process ended with code -9"):
+            one.decode([[3, 4]], 4)
+    one.close()
+
+
 @pytest.mark.parametrize(
     ("prompts", "plan", "message"),
     [

@@ -63,7 +63,7 @@ def test_the_list(run):
     ("options", "message"),
     [
         (("--contender", "vllm"), "there is no contender 'vllm'; --contender list shows them"),
-        (("--batch", 5), "--batch 5 needs as many prompts, but there are 2; raise --limit"),
+        (("--batch", 5), "--batch 5 needs as many prompts, but there are 2"),
         (("--adapter", "nowhere"), "nowhere"),
     ],
 )

@@ -177,3 +177,9 @@ def test_what_has_no_place_for_several_is_refused():
         )
     with pytest.raises(cllm.UnsupportedModelError, match="two rows cannot share one"):
         cllm.generate(tiny_model("bloom"), **inputs, candidates=2)
+    # where nothing is guessed there is nothing to have several of
+    alone = cllm.generate(
+        tiny_model("bloom"), **inputs, max_new_tokens=5, block_size=1, candidates=2
+    )
+    assert torch.equal(alone, greedy(tiny_model("bloom"), inputs, max_new_tokens=5))
+    assert cllm.JacobiConfig(candidates=4).on("cpu", 8).block_size == 2

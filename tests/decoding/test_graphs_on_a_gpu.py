@@ -33,6 +33,8 @@ def test_on_a_gpu(family, dtype):
         {"do_sample": True, "seed": 3},
         {"repetition_penalty": 1.3},
         {"max_iterations": 5},
+        {"candidates": 3},
+        {"candidates": 2, "do_sample": True, "seed": 3},
     ]
     # a graph's forward sees a longer cache, which rounds otherwise; near-ties are rare in fp32 only
     for changes in every if dtype == torch.float32 else every[:2]:

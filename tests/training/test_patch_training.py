@@ -390,6 +390,14 @@ def test_what_16_bits_round_is_not_taken_for_a_wrong_mask():
         cllm.patch_training(model, CONFIG)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_looks_ahead_is_refused_in_every_precision(dtype):
+    model = fresh_model().to(dtype)
+    model.model.norm.register_forward_hook(lambda module, args, output: output + output.roll(-1, 1))
+    with pytest.raises(UnsupportedModelError, match="on a packed row"):
+        cllm.patch_training(model, CONFIG)
+
+
 def test_other_models_are_refused():
     model = fresh_model()
     model.config._attn_implementation_internal = "flash_attention_2"

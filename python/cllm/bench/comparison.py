@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -62,7 +62,7 @@ def bandwidth(device: str) -> float:
     best = float("inf")
     for _ in range(5):
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
         large.sum().item()
         best = min(best, time.perf_counter() - started)
@@ -154,9 +154,10 @@ class Comparison:
             return Contestant(name, self.setup, torch.get_num_threads(), warm_up, most)
 
         # on a CPU one by one, so that nobody tunes itself while others are at work
-        at_once = len(CONTENDERS) if self.setup.device.startswith("cuda") else 1
-        with ThreadPoolExecutor(at_once) as pool:
-            started = list(pool.map(start, plan.contenders))
+        started: Iterable[Contestant] = map(start, plan.contenders)
+        if self.setup.device.startswith("cuda"):
+            with ThreadPoolExecutor(len(plan.contenders)) as pool:
+                started = list(pool.map(start, plan.contenders))
         for one in started:
             if one.absent is None:
                 self._tell(f"{one.name}: ready")

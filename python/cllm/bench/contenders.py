@@ -28,7 +28,7 @@ class Setup:
         dtype, device: names.
         adapter: of the gated contenders, or None.
         draft: folder or hub id of a smaller model with the same tokenizer, or None.
-        cllm_weights: folder of a consistency LLM of the same base, or None.
+        cllm_weights: folder or hub id of a consistency LLM of the same base, or None.
         block_size: n where it is not chosen automatically.
         longest: most tokens of a prompt and its text, for caches of fixed size.
     """

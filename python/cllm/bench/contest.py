@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -51,7 +53,10 @@ class Contestant:
 
     def decode(self, prompts: list[list[int]], most: int) -> dict[str, Any]:
         """The fields of `Decoded`, and ``peak_bytes`` meanwhile: of the process, or of the GPU."""
-        self._pipe.send((prompts, most))
+        try:
+            self._pipe.send((prompts, most))
+        except OSError as error:
+            raise self._ended() from error
         return self._answer()
 
     def close(self) -> None:
@@ -64,12 +69,15 @@ class Contestant:
     def _answer(self) -> dict[str, Any]:
         try:
             kind, value = self._pipe.recv()
-        except EOFError as error:
-            self._process.join()
-            raise Failed(f"its process ended with code {self._process.exitcode}") from error
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
         if kind == "failed":
             raise Failed(value)
         return value
+
+    def _ended(self) -> Failed:
+        self._process.join()
+        return Failed(f"its process ended with code {self._process.exitcode}")
 
 
 def _work(
@@ -82,8 +90,11 @@ def _work(
 ) -> None:
     from transformers.utils import logging
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts means the parent, which ends us
+    os.dup2(2, 1)  # standard output is the parent's
     torch.set_num_threads(threads)
     logging.disable_progress_bar()  # whoever asked shows how far it is
+    logging.set_verbosity_error()
     try:
         decode = CONTENDERS[name](setup)
         for prompts in warm_up:
@@ -115,7 +126,7 @@ def _reset_peak(device: str) -> None:
     """Loading a model takes more memory than decoding with it. Where the system does not let a
     process forget its peak (outside Linux), that stays the peak."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -123,7 +134,7 @@ def _reset_peak(device: str) -> None:
 
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024

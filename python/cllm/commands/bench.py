@@ -12,7 +12,6 @@ import typer
 
 from .chosen import given_adapter, shipped_for
 from .common import (
-    BlockSizeOption,
     CommandError,
     DebugOption,
     DeviceOption,
@@ -27,10 +26,12 @@ from .common import (
     choose_prompts,
     diagnostics,
     load,
+    writable_folder,
     write_json,
 )
 
 _TASK = "prompts"
+_WARM_UP = 2
 
 
 def bench(
@@ -88,7 +89,15 @@ def bench(
         int, typer.Option("--rounds", min=1, help="Times that every prompt is decoded.")
     ] = 2,
     max_new_tokens: MaxNewTokensOption = 64,
-    block_size: BlockSizeOption = 4,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size",
+            min=1,
+            help="n of our contenders that do not choose it.  [default: 4 on a CPU, else 16]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -106,7 +115,10 @@ def bench(
     ] = False,
     debug: DebugOption = False,
 ) -> int:
-    """Race every way to decode a model: HuggingFace's own, prompt lookup, a draft model, ours."""
+    """Race every way to decode a model: HuggingFace's own, prompt lookup, a draft model, ours.
+
+    Each in a process with a model of its own: all of them have to fit into memory.
+    """
     from ..bench.contenders import CONTENDERS, EAGER
 
     if contender == ["list"]:
@@ -120,22 +132,28 @@ def bench(
     if len(chosen) < max(sizes):
         raise CommandError(
             f"--batch {max(sizes)} needs as many prompts, but there are {len(chosen)}"
-            + ("; raise --limit" if not prompt else "")
+            + ("" if prompt or prompts else "; raise --limit")
         )
+    if work is not None:
+        writable_folder(work)
     errors = diagnostics()
     loaded = load(model, Dtype.float32, device, threads, errors)
     with errors.status("looking for an adapter"):
         guesser = shipped_for(loaded) if adapter is None else given_adapter(adapter, loaded, errors)
 
-    from ..bench.comparison import Comparison, NothingToCompare, Plan
+    from ..bench.comparison import Comparison, Plan
     from ..bench.contenders import Setup
     from ..bench.tasks import Kept, Task
+    from ..decoding import JacobiConfig
     from ..evaluation import encode_prompts
+    from ..prompts import shipped_prompts
 
     encoded = encode_prompts(loaded.model, loaded.tokenizer, chosen)
-    # the first ones once more: contenders compile and tune themselves before anything counts
-    warm_up = min(2, len(encoded))
-    task = Task(_TASK, encoded + encoded[:warm_up], None, max_new_tokens)
+    # contenders compile and tune themselves before anything counts, on prompts that do not
+    warm_up = encode_prompts(loaded.model, loaded.tokenizer, shipped_prompts()[-_WARM_UP:])
+    task = Task(_TASK, encoded + warm_up, None, max_new_tokens)
+    if block_size is None:
+        block_size = JacobiConfig().on(loaded.model.device.type, 1).width
     setup = Setup(
         loaded.model.config.name_or_path,
         dtype.value,
@@ -144,7 +162,7 @@ def bench(
         draft,
         cllm_weights,
         block_size,
-        max(map(len, encoded)) + max_new_tokens + 16,
+        max(map(len, task.prompts)) + max_new_tokens + 16,
     )
     names = tuple(CONTENDERS) if not contender else tuple(dict.fromkeys((EAGER, *contender)))
     with ExitStack() as stack:
@@ -154,16 +172,13 @@ def bench(
             loaded.model,
             [task],
             setup,
-            Plan(names, sizes, rounds, warm_up),
+            Plan(names, sizes, rounds, _WARM_UP),
             Kept(folder),
             limit=len(encoded),
             tell=lambda line: status.update(line.replace("[", r"\[")),
         )
         floor = comparison.floor()
-        try:
-            found = comparison.run()
-        except NothingToCompare as error:
-            raise CommandError(str(error)) from error
+        found = comparison.run()
     result = {
         "model": loaded.name,
         "adapter": None if guesser is None else guesser.to_json(),

@@ -161,10 +161,7 @@ def choose(
                 options.append((rate, -size, who is not None, acceptance))
     # of equals the narrowest
     _, size, gated, acceptance = max(options, key=lambda one: one[:2])
-    # what was timed was no graph
-    chosen = replace(
-        settings, block_size=-size, verify_size=-size if gated else None, compile="off"
-    )
+    chosen = replace(settings, block_size=-size, verify_size=-size if gated else None)
     return Choice(chosen, gated, acceptance)
 
 

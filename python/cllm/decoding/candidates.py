@@ -39,7 +39,7 @@ class CandidateIteration(WindowIteration):
         if self.pool is not None:
             self.pool.add(windows.flatten(1), predictions.flatten(1))
             self.pool.add(window, kept)  # what stands behind wrong guesses says less
-        recorded = [window.clone(), kept] if config.record_trajectories else []
+        recorded = [window, kept] if config.record_trajectories else []
         self.forward.keep(state.lengths, best, window.shape[1])
         state.window.copy_(window)
         state.step(kept, config)

@@ -9,7 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
-Compile = Literal["graph", "off"]
+Compile = Literal["graph"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 
@@ -19,11 +19,13 @@ class JacobiConfig:
     """Settings of Jacobi decoding (CLLM, arXiv 2403.00835, section 3).
 
     None of them changes the text, but `seed` where it is sampled; they change how many forward
-    passes it takes, and in bf16/fp16 `block_size` (with an adapter: `verify_size` + `block_size`)
-    also fixes the forward's width and with it the rounding of near-ties.
+    passes it takes, and in bf16/fp16 `block_size` (with an adapter: `verify_size` + `block_size`;
+    with several `candidates`: that many times `block_size`) also fixes the forward's width and with
+    it the rounding of near-ties. In models without native layers, and in forwards of more than 64
+    rows on a CPU, such a near-tie can also hang on which candidate was right.
 
     Attributes:
-        block_size: ``n``, the tokens in a window, and the rows of every forward pass. ``None``: 4
+        block_size: ``n``, the tokens in a window, and the rows of a forward over one. ``None``: 4
             on a CPU, where rows cost time, in batches of more than 2 fewer (`on`); else 16.
             ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
             call of a model, device and batch size) and by how often guesses have been right in the
@@ -62,9 +64,8 @@ class JacobiConfig:
             Without an adapter there is nothing to set.
         compile: ``"graph"`` captures whole iterations in a CUDA graph and replays it, see
             `cllm.decoding.graphs`; with logits processors, samples or recorded trajectories the
-            forward over a window alone. A model keeps its captures for further calls. ``"off"``:
-            everything is launched kernel by kernel. ``None``: the graph, on a GPU, for a model with
-            native layers, from the second call of a shape on.
+            forward over a window alone. A model keeps its captures for further calls. ``None``:
+            everything is launched kernel by kernel.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -124,7 +125,7 @@ class JacobiConfig:
                 "verify_size None"
             )
         if self.compile is not None and self.compile not in get_args(Compile):
-            problems.append(f"compile must be None, 'graph' or 'off', not {self.compile!r}")
+            problems.append(f"compile must be None or 'graph', not {self.compile!r}")
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
             problems.append(f"record_trajectories must be True or False, not {record!r}")
@@ -165,6 +166,8 @@ class JacobiConfig:
         size = _CPU_WINDOW if device == "cpu" else _WINDOW
         if device == "cpu" and self.mode == "sliding" and not (gated or self.record_trajectories):
             size = min(size, max(1, _CPU_ROWS // batch))
+            if self.candidates > 1:  # somebody wants more rows than these
+                size = max(size, 2)
         if self.verify_size is not None:  # all of a block is checked
             size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
         return replace(self, block_size=size)
@@ -175,7 +178,7 @@ class JacobiConfig:
             problems.append("block_size='auto' needs mode='sliding'")
         if self.accept != "all":
             problems.append("block_size='auto' needs accept='all': one token a forward has no best")
-        if self.compile == "graph":
+        if self.compile is not None:
             problems.append("block_size='auto' times forwards without a graph; leave compile None")
         if self.candidates != 1:
             problems.append("block_size='auto' times forwards over one window; leave candidates 1")

@@ -16,13 +16,12 @@ from ..adapter import Gate, resolve_adapter
 from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
 from .auto import choose
-from .cache import VIEW_STEP, round_up
 from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedIteration
-from .graphs import GraphedForward, comes_again, graphed_forward
+from .graphs import GraphedForward, graphed_forward
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
@@ -159,7 +158,7 @@ def jacobi_decode(
         if adapter is not None and (choice is None or choice.gated):
             gate = stack.enter_context(adapter.applied(model))
         most = input_ids.shape[0] * _window_rows(settings, gate)
-        chains = gate is not None or settings.candidates > 1
+        chains = gate is not None or _several(settings)
         layout = choose_layout(model, traits, probed, most, gated=chains)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
@@ -230,11 +229,7 @@ def _start(
         head=head,
     )
     forward: BlockForward
-    compiled = settings.compile == "graph"
     if settings.compile is None:
-        again = (batch, round_up(shape["slots"], VIEW_STEP), settings.width, gate is None)
-        compiled = comes_again(model, layout, input_ids.device, again)
-    if not compiled:
         forward = BlockForward(model, traits, **shape)
     else:
         owner = None if gate is None else adapter
@@ -265,7 +260,7 @@ def _start(
     iteration: WindowIteration
     if gate is not None:
         iteration = GatedIteration(forward, state, settings, gate=gate, **sources)
-    elif settings.candidates > 1 and settings.width > 1:
+    elif _several(settings):
         iteration = CandidateIteration(
             forward, state, settings, candidates=settings.candidates, **sources
         )
@@ -280,8 +275,13 @@ def _start(
 def _window_rows(settings: JacobiConfig, gate: Gate | None) -> int:
     """Rows of a forward over one window, or all candidates; with an adapter it stands twice."""
     if gate is None:
-        return settings.width * settings.candidates
+        return settings.width * (settings.candidates if _several(settings) else 1)
     return settings.width + (settings.verify_size or settings.width)
+
+
+def _several(settings: JacobiConfig) -> bool:
+    """Whether a forward checks several candidates; where nothing is guessed there is one."""
+    return settings.candidates > 1 and settings.width > 1
 
 
 def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:

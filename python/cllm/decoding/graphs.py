@@ -328,30 +328,6 @@ def graphed_forward(
             kept.popitem(last=False)
 
 
-# of every model, the shapes of its latest calls
-_shapes: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, None]] = weakref.WeakKeyDictionary()
-_MOST_SHAPES = 64
-
-
-def comes_again(model: Any, layout: Layout, device: torch.device, shape: tuple) -> bool:
-    """Whether a call that does not say `compile` gets a graph: where it is known to pay, and a call
-    of this shape has been there before, so that more are likely to come.
-
-    Args:
-        shape: whatever tells a capture from others.
-    """
-    if device.type not in DEVICES or layout.attention != "native":
-        return False
-    with _lock:
-        shapes = _shapes.setdefault(model, OrderedDict())
-        again = shape in shapes
-        shapes[shape] = None
-        shapes.move_to_end(shape)
-        while len(shapes) > _MOST_SHAPES:
-            shapes.popitem(last=False)
-    return again
-
-
 def forget(model: Any) -> None:
     """Let go of all captures of `model`, and of their memory."""
     with _lock:
