@@ -22,6 +22,7 @@ from .common import (
     PromptLimitOption,
     PromptOption,
     PromptsOption,
+    ShippedAdapterOption,
     ThreadsOption,
     choose_prompts,
     diagnostics,
@@ -36,16 +37,7 @@ _WARM_UP = 2
 
 def bench(
     model: ModelOption = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter",
-            metavar="PATH_OR_HUB_ID",
-            help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
-            "the one that ships with the package for this model, if there is one]",
-            show_default=False,
-        ),
-    ] = None,
+    adapter: ShippedAdapterOption = None,
     draft: Annotated[
         str | None,
         typer.Option(

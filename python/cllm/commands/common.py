@@ -121,6 +121,16 @@ AdapterOption = Annotated[
         show_default=False,
     ),
 ]
+ShippedAdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH_OR_HUB_ID",
+        help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
+        "the one that ships with the package for this model, if there is one]",
+        show_default=False,
+    ),
+]
 VerifySizeOption = Annotated[
     int | None,
     typer.Option(

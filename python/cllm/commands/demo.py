@@ -26,6 +26,7 @@ from .common import (
     PromptOption,
     PromptsOption,
     SeedOption,
+    ShippedAdapterOption,
     ThreadsOption,
     choose_prompts,
     decoding_config,
@@ -64,16 +65,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter",
-            metavar="PATH_OR_HUB_ID",
-            help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
-            "the one that ships with the package for this model, if there is one]",
-            show_default=False,
-        ),
-    ] = None,
+    adapter: ShippedAdapterOption = None,
     no_adapter: Annotated[
         bool, typer.Option("--no-adapter", help="Let the plain model guess.")
     ] = False,
