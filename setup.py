@@ -47,7 +47,10 @@ CXX_FLAGS = [
 # Translation units for one instruction set; they are entered only after asking the CPU for it.
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512bf16": ["-mavx512bf16", "-mavx512f", "-mprefer-vector-width=512"],
+    "_avx512bf16": [
+        *("-mavx512bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        "-mprefer-vector-width=512",
+    ],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
 

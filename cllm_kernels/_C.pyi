@@ -63,6 +63,19 @@ def decoder_layer_cpu(
     eps: float,
     threads: int,
 ) -> int: ...
+def decoder_layers_cpu(
+    table: int,
+    count: int,
+    shared: tuple[int, ...],
+    dtype: int,
+    sizes: tuple[int, ...],
+    scale: float,
+    eps: float,
+    threads: int,
+) -> int: ...
+
+LAYER_FIELDS: int
+
 def gumbel_noise_cpu(
     seed: int,
     row: int,

@@ -9,6 +9,7 @@
     gumbel_noise(...)     noise that makes argmax a sample: a function of (seed, row, position)
     block_attention(...)  append a block to a ragged KV cache, attend to both
     decoder_layer(h, ...) a Llama-like layer over a block's few rows, in one native call
+    decoder_layers(h, ..) all layers of a model that way
     block_linear(x, W)    a linear layer for a block's few rows, whose bits are each row's own
 
     backends()            what can run here, and why something cannot
@@ -32,6 +33,7 @@ from cllm_kernels._native import build_info
 from cllm_kernels.block_attention import block_attention
 from cllm_kernels.block_linear import block_linear
 from cllm_kernels.decoder_layer import decoder_layer
+from cllm_kernels.decoder_layer.stack import DecoderStack, decoder_layers
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DecoderStack",
     "DecoderWeights",
     "__version__",
     "backends",
@@ -51,6 +54,7 @@ __all__ = [
     "build_info",
     "current_backend",
     "decoder_layer",
+    "decoder_layers",
     "gumbel_noise",
     "jacobi_step",
     "linear_argmax",

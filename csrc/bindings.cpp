@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "direct.h"
 #include "ops.h"
@@ -143,7 +144,58 @@ int64_t decoder_layer_cpu(const std::array<uintptr_t, kLayerAddresses>& addresse
     layer.scale = scale;
     layer.eps = eps;
     py::gil_scoped_release release;
-    return cllm::decoder_layer_cpu(layer, threads);
+    return cllm::decoder_layers_cpu(&layer, 1, threads);
+}
+
+// table [count, kLayerFields]: of every layer weight, bias, a, b of each of the seven linear
+// layers, the four norms, keys, values, the seven ranks, row, head and slot strides of keys and of
+// values, capacity and window. shared: hidden, out, cos, sin, lengths. sizes: batch, n, hidden,
+// mlp, heads, kv_heads, head_size, rotary_row, guesses_from, guess_width, gated_from.
+constexpr int64_t kLayerFields = 4 * cllm::kLayerParts + 6 + cllm::kLayerParts + 8;
+
+int64_t decoder_layers_cpu(uintptr_t table, int64_t count, const std::array<uintptr_t, 5>& shared,
+                           int dtype, const std::array<int64_t, 11>& sizes, float scale, float eps,
+                           int threads) {
+    std::vector<cllm::DecoderLayer> layers(static_cast<size_t>(count));
+    const auto* next = pointer<const int64_t>(table);
+    const auto take = [&next] { return pointer<void>(static_cast<uintptr_t>(*next++)); };
+    for (cllm::DecoderLayer& layer : layers) {
+        layer.hidden = pointer<void>(shared[&layer == layers.data() ? 0 : 1]);
+        layer.out = pointer<void>(shared[1]);
+        for (cllm::LayerLinear& linear : layer.linears) {
+            linear.weight = take();
+            linear.bias = take();
+            linear.a = take();
+            linear.b = take();
+        }
+        layer.attention_norm = take();
+        layer.mlp_norm = take();
+        layer.query_norm = take();
+        layer.key_norm = take();
+        layer.keys.data = take();
+        layer.values.data = take();
+        for (cllm::LayerLinear& linear : layer.linears) linear.rank = *next++;
+        for (cllm::LayerCache* cache : {&layer.keys, &layer.values}) {
+            cache->row = *next++;
+            cache->head = *next++;
+            cache->slot = *next++;
+        }
+        layer.capacity = *next++;
+        layer.window = *next++;
+        layer.cos = pointer<void>(shared[2]);
+        layer.sin = pointer<void>(shared[3]);
+        layer.lengths = pointer<const int64_t>(shared[4]);
+        layer.dtype = static_cast<cllm::Dtype>(dtype);
+        int64_t* const fields[] = {&layer.batch,       &layer.n,          &layer.hidden_size,
+                                   &layer.mlp_size,    &layer.heads,      &layer.kv_heads,
+                                   &layer.head_size,   &layer.rotary_row, &layer.guesses_from,
+                                   &layer.guess_width, &layer.gated_from};
+        for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
+        layer.scale = scale;
+        layer.eps = eps;
+    }
+    py::gil_scoped_release release;
+    return cllm::decoder_layers_cpu(layers.data(), count, threads);
 }
 
 cllm::Noise noise_argument(uintptr_t seed, uintptr_t row, uintptr_t position) {
@@ -317,6 +369,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("row_argmax_cpu", &row_argmax_cpu);
     module.def("block_linear_cpu", &block_linear_cpu);
     module.def("decoder_layer_cpu", &decoder_layer_cpu);
+    module.def("decoder_layers_cpu", &decoder_layers_cpu);
+    module.attr("LAYER_FIELDS") = kLayerFields;
     module.def("gumbel_noise_cpu", &gumbel_noise_cpu);
     module.def("running_argmax_cpu", &running_argmax_cpu);
     module.def("running_argmax_exact_cpu", &running_argmax_exact_cpu);

@@ -144,7 +144,7 @@ struct LayerCache {
 
 struct DecoderLayer {
     const void* hidden;  // [batch * n, hidden_size], contiguous
-    void* out;           // [batch * n, hidden_size], contiguous, written; not hidden itself
+    void* out;           // [batch * n, hidden_size], contiguous, written; may be hidden itself
     LayerLinear linears[kLayerParts];
     const void* attention_norm;  // [hidden_size]
     const void* mlp_norm;        // [hidden_size]
@@ -173,8 +173,10 @@ struct DecoderLayer {
     float eps;
 };
 
-// Returns -1, or the first batch row whose block does not fit its cache; nothing is changed then.
-int64_t decoder_layer_cpu(const DecoderLayer& layer, int threads);
+// Layers one after the other, each of which reads what the one before it wrote; they differ in
+// linears, norms, caches, capacity and window alone. Returns -1, or the first batch row whose block
+// does not fit a cache; nothing is changed then.
+int64_t decoder_layers_cpu(const DecoderLayer* layers, int64_t count, int threads);
 
 // The in-place pass of linear_consistency_loss over one chunk of tokens: logits in, row losses and
 // d(logits) out. cllm_kernels/linear_consistency_loss/reference.py has the formulas.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,15 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels.decoder_layer.checks import (
+    checked_rows,
+    checked_scale,
+    checked_window,
+    explain,
+    fits,
+    refuse_gradients,
+)
 from cllm_kernels.decoder_layer.weights import DecoderWeights, from_plain, plain_tensors
 
 
@@ -105,135 +112,19 @@ def decoder_layer(
             dtype. RuntimeError: gradients were asked for; there are none. BackendError: see
             `use_backend`.
     """
-    n = hidden.shape[1] if hidden.dim() == 3 else 0
-    guesses = n if guesses_from is None else guesses_from
-    gated = 0 if gated_from is None else gated_from
-    if not _fits(hidden, weights, cos, sin, k_cache, v_cache, lengths):
-        _explain(hidden, weights, cos, sin, k_cache, v_cache, lengths)
-    if scale is None:
-        scale = weights.head_size**-0.5
-    if not (math.isfinite(scale) and eps >= 0):
-        raise ValueError(f"decoder_layer: scale {scale} and eps {eps} must be finite, eps >= 0")
-    if window is not None and window < 1:
-        raise ValueError(f"decoder_layer: window must be at least 1 or None, not {window}")
-    if guess_width is not None and guess_width < 1:
-        raise ValueError(f"decoder_layer: guess_width must be at least 1, not {guess_width}")
-    for name, row in (("guesses_from", guesses), ("gated_from", gated)):
-        if not 0 <= row <= n:
-            raise ValueError(f"decoder_layer: {name} must be from 0 to n = {n}, not {row}")
-    if torch.is_grad_enabled() and (
-        hidden.requires_grad or any(weight.requires_grad for weight in weights.linears)
-    ):
-        raise RuntimeError(
-            "decoder_layer has no gradient, but an argument requires one; "
-            "call it under torch.no_grad()"
-        )
+    if not fits(hidden, weights, cos, sin, k_cache, v_cache, lengths):
+        explain(hidden, weights, cos, sin, k_cache, v_cache, lengths)
+    scale = checked_scale(weights, eps, scale)
+    checked_window(window)
+    guesses, gated = checked_rows(hidden.shape[1], guesses_from, guess_width, gated_from)
+    if torch.is_grad_enabled():
+        refuse_gradients(hidden, weights)
     places = (cos, sin, k_cache, v_cache, lengths)
     options = (scale, eps, window, guesses, guess_width, gated)
     if eager(hidden, *places) and not (hidden.is_neg() or cos.is_neg() or sin.is_neg()):
         return OP.resolve(hidden.device)(hidden, weights, *places, *options)
     return torch.ops.cllm_kernels.decoder_layer.default(
         hidden, plain_tensors(weights), weights.head_size, *places, *options
-    )
-
-
-def _fits(
-    hidden: Tensor,
-    weights: DecoderWeights,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-) -> bool:
-    """Whether all tensors fit together; runs in every layer of every forward."""
-    if hidden.dim() != 3 or k_cache.dim() != 4:
-        return False
-    batch, n, width = hidden.shape
-    capacity = k_cache.shape[2]
-    dtype, device = hidden.dtype, hidden.device
-    return (
-        (width == weights.hidden_size and weights.query.dtype is dtype and n <= capacity)
-        and (cos.shape == (batch, n, weights.head_size) or cos.shape == (1, n, weights.head_size))
-        and (k_cache.shape == (batch, weights.kv_heads, capacity, weights.head_size))
-        and (v_cache.shape == k_cache.shape and sin.shape == cos.shape)
-        and (lengths.shape == (batch,) and lengths.dtype is torch.int64)
-        and (cos.dtype is dtype and sin.dtype is dtype)
-        and (k_cache.dtype is dtype and v_cache.dtype is dtype)
-        and (weights.query.device == device and cos.device == device and sin.device == device)
-        and (k_cache.device == device and v_cache.device == device and lengths.device == device)
-        and (k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and hidden.is_contiguous())
-        and (cos.is_contiguous() and sin.is_contiguous() and lengths.is_contiguous())
-    )
-
-
-def _explain(
-    hidden: Tensor,
-    weights: DecoderWeights,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-) -> None:
-    """Raises the error that names the first argument that does not fit."""
-    width, size = weights.hidden_size, weights.head_size
-    if hidden.dim() != 3 or hidden.shape[2] != width:
-        raise ValueError(
-            f"decoder_layer: hidden must be [B, n, {width}] to fit the weights, "
-            f"not {shape_text(hidden)}"
-        )
-    batch, n, _ = hidden.shape
-    capacity = k_cache.shape[2] if k_cache.dim() == 4 else 0
-    cache = (batch, weights.kv_heads, capacity, size)
-    rotary = (1 if cos.dim() == 3 and cos.shape[0] == 1 else batch, n, size)
-    for name, tensor, wanted in (
-        ("cos", cos, rotary),
-        ("sin", sin, rotary),
-        ("k_cache", k_cache, cache),
-        ("v_cache", v_cache, cache),
-        ("lengths", lengths, (batch,)),
-    ):
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(
-                f"decoder_layer: {name} must be {list(wanted)} to fit hidden {shape_text(hidden)} "
-                f"and the weights, not {shape_text(tensor)}"
-            )
-    if n > capacity:
-        raise ValueError(
-            f"decoder_layer: the {n} tokens of hidden {shape_text(hidden)} do not fit the "
-            f"{capacity} slots of k_cache {shape_text(k_cache)}"
-        )
-    for name, tensor in (
-        ("hidden", hidden),
-        ("cos", cos),
-        ("sin", sin),
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("lengths", lengths),
-    ):
-        dtype = torch.int64 if name == "lengths" else weights.query.dtype
-        if tensor.dtype is not dtype:
-            raise TypeError(
-                f"decoder_layer: {name} must be {dtype_text(dtype)}, not {dtype_text(tensor.dtype)}"
-            )
-        if tensor.device != weights.query.device:
-            raise ValueError(
-                f"decoder_layer: {name} is on {tensor.device} but the weights are on "
-                f"{weights.query.device}"
-            )
-        if not (tensor.stride(-1) == 1 if name.endswith("cache") else tensor.is_contiguous()):
-            what = "the last dimension of " if name.endswith("cache") else ""
-            raise ValueError(
-                f"decoder_layer: {what}{name} {shape_text(tensor)} must be contiguous, but its "
-                f"strides are {list(tensor.stride())}"
-            )
-
-
-def no_room(lengths: Tensor, n: int, cache: Tensor, row: int) -> ValueError:
-    return ValueError(
-        f"decoder_layer: lengths[{row}] = {int(lengths[row])} and a block of {n} do not fit the "
-        f"{cache.shape[2]} slots of k_cache {shape_text(cache)} (lengths {shape_text(lengths)})"
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cllm_kernels._common import DTYPE_CODES
 from cllm_kernels._native import native_module
-from cllm_kernels.decoder_layer import no_room
+from cllm_kernels.decoder_layer.checks import no_room
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
 _C = native_module()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from cllm_kernels.decoder_layer import no_room
+from cllm_kernels.decoder_layer.checks import no_room
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
 

@@ -82,6 +82,17 @@ class DecoderWeights:
         return self.query.shape[1]
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """H, I, Hq, Hkv, D."""
+        return (
+            self.hidden_size,
+            self.gate.shape[0],
+            self.heads,
+            self.kv_heads,
+            self.head_size,
+        )
+
+    @property
     def heads(self) -> int:
         return self.query.shape[0] // self.head_size
 

@@ -53,25 +53,35 @@ int64_t low_bytes(const BlockLinear& linear, const BlockLinearKernels& kernel) {
     return whole_lines(linear.rows * padded_width(linear.rank) * kernel.input_bytes);
 }
 
-// The first of the two products of the low-rank term, itself a linear layer, into `low`.
-BlockLinear shrinking(const BlockLinear& linear, const BlockLinearKernels& kernel, void* low,
-                      int64_t padded_rank) {
+// Columns first .. last - 1 of the first of the two products of the low-rank term, itself a linear
+// layer, into `low`; zeros in the rows that are not gated, and behind the rank.
+void shrink(const BlockLinear& linear, const BlockLinearKernels& kernel, const char* x,
+            int64_t padded, char* low, int64_t first, int64_t last) {
+    const int64_t bytes = kernel.input_bytes, padded_rank = padded_width(linear.rank);
     BlockLinear shrunk = linear;
     shrunk.weight = linear.a;
     shrunk.bias = shrunk.a = shrunk.b = nullptr;
     shrunk.weight_stride = linear.width;
     shrunk.columns = linear.rank;
-    shrunk.out = low;
     shrunk.out_stride = padded_rank;
-    if (kernel.input_bytes == 4) shrunk.out_dtype = Dtype::kFloat32;
-    return shrunk;
-}
-
-// What keeps the term out of rows that are not gated, whatever came of the product there.
-void silence(const BlockLinear& linear, char* low, int64_t row_bytes, int64_t begin, int64_t end) {
-    for (int64_t r = 0; r < linear.rows; ++r) {
-        if (r % linear.period >= linear.gated_from) continue;
-        std::memset(low + r * row_bytes + begin, 0, static_cast<size_t>(end - begin));
+    if (bytes == 4) shrunk.out_dtype = Dtype::kFloat32;
+    const auto clear = [&](int64_t row, int64_t from, int64_t to) {
+        std::memset(low + (row * padded_rank + from) * bytes, 0,
+                    static_cast<size_t>((to - from) * bytes));
+    };
+    if (last == linear.rank && last < padded_rank) {
+        for (int64_t r = 0; r < linear.rows; ++r) clear(r, last, padded_rank);
+    }
+    const bool all = linear.gated_from <= 0;
+    const int64_t period = all ? linear.rows : linear.period;
+    for (int64_t begin = 0; begin < linear.rows; begin += period) {
+        const int64_t end = std::min(begin + period, linear.rows);
+        const int64_t gated = all ? begin : std::min(begin + linear.gated_from, end);
+        for (int64_t r = begin; r < gated; ++r) clear(r, first, last);
+        if (gated == end) continue;
+        shrunk.rows = end - gated;
+        shrunk.out = low + gated * padded_rank * bytes;
+        kernel.span(shrunk, {x + gated * padded * bytes, nullptr, padded, 0}, first, last);
     }
 }
 
@@ -100,7 +110,7 @@ void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scra
     const BlockLinear& shared = linears[0];
     const BlockLinearKernels& kernel = kernels(shared.dtype);
     const int64_t padded = padded_width(shared.width), workers = team_size();
-    const void* x = shared.x;
+    const auto* x = static_cast<const char*>(shared.x);
     if (!taken_as_it_is(shared, kernel)) {
         const int64_t size = shared.dtype == Dtype::kFloat32 ? 4 : 2;
         const int64_t row_bytes = padded * kernel.input_bytes;
@@ -120,23 +130,11 @@ void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scra
         const BlockLinear& linear = linears[i];
         if (!has_low_rank(linear)) continue;
         gated = true;
-        const int64_t padded_rank = padded_width(linear.rank);
-        const int64_t row_bytes = padded_rank * kernel.input_bytes;
-        if (padded_rank != linear.rank) {  // behind the rank there are zeros
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < linear.rows; ++r) {
-                std::memset(low + r * row_bytes, 0, static_cast<size_t>(row_bytes));
-            }
-        }
-        const BlockLinear shrunk = shrinking(linear, kernel, low, padded_rank);
-        const BlockLinearInput narrow{x, nullptr, padded, 0};
 #pragma omp for schedule(static) nowait
         for (int64_t worker = 0; worker < workers; ++worker) {
             const int64_t first = linear.rank * worker / workers;
             const int64_t last = linear.rank * (worker + 1) / workers;
-            if (first == last) continue;
-            kernel.span(shrunk, narrow, first, last);
-            silence(linear, low, row_bytes, first * kernel.input_bytes, last * kernel.input_bytes);
+            if (first < last) shrink(linear, kernel, x, padded, low, first, last);
         }
         low += low_bytes(linear, kernel);
     }

@@ -25,6 +25,10 @@ struct Pairs : BFloat16 {
     static __m512bh load(const uint16_t* data) {
         return reinterpret_cast<__m512bh>(_mm512_loadu_si512(data));
     }
+    static __m512bh load_some(const uint16_t* data, int64_t count) {
+        const auto first = static_cast<__mmask32>((1ull << count) - 1);
+        return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(first, data));
+    }
     static __m512bh load_input(const uint16_t* data) { return load(data); }
     static Vec multiply_add(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 };

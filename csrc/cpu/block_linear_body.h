@@ -18,6 +18,7 @@ struct Float32 {
     using Input = float;
     static constexpr int64_t kStep = Simd::kWidth;
     static Vec load(const float* data) { return Simd::load(data); }
+    static Vec load_some(const float* data, int64_t count) { return Simd::load_some(data, count); }
     static Vec load_input(const float* data) { return Simd::load(data); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return Simd::multiply_add(a, b, c); }
     static float widen(float x) { return x; }
@@ -26,12 +27,18 @@ struct Float32 {
 struct BFloat16 : Float32 {
     using Element = uint16_t;
     static Vec load(const uint16_t* data) { return Simd::load_bf16(data); }
+    static Vec load_some(const uint16_t* data, int64_t count) {
+        return Simd::load_some_bf16(data, count);
+    }
     static float widen(uint16_t x) { return widen_bf16(x); }
     static uint16_t narrow(float x) { return narrow_bf16(x); }
 };
 struct Float16 : Float32 {
     using Element = uint16_t;
     static Vec load(const uint16_t* data) { return Simd::load_f16(data); }
+    static Vec load_some(const uint16_t* data, int64_t count) {
+        return Simd::load_some_f16(data, count);
+    }
     static float widen(uint16_t x) { return widen_f16(x); }
     static uint16_t narrow(float x) { return narrow_f16(x); }
 };
@@ -50,11 +57,14 @@ constexpr int kTilesAhead = 4;  // that are asked for from memory
 constexpr int64_t kSharedBytes = 128 << 10;
 
 // Adds the products of `width` elements: of rows of the weight, stride apart, and of rows of the
-// input, padded apart.
-template <typename Type, int kRows, int kWeights, bool kPrefetch>
-inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Element* weight,
-                       int64_t stride, const typename Type::Input* input, int64_t padded,
-                       int64_t width) {
+// input from kFrom on, padded apart.
+template <typename Type, int kRows, int kWeights, bool kPrefetch, int kFrom = 0>
+// as a function of its own it would keep the sums in memory
+__attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows][kWeights],
+                                                      const typename Type::Element* weight,
+                                                      int64_t stride,
+                                                      const typename Type::Input* input,
+                                                      int64_t padded, int64_t width) {
     constexpr int64_t kStep = Type::kStep;
     const int64_t whole = width / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kStep) {
@@ -65,7 +75,7 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
             // A row of the weight ends before the hardware has seen where it leads.
             if (kPrefetch) Simd::prefetch(place + kTilesAhead * kWeights * stride);
         }
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = kFrom; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + k);
             for (int c = 0; c < kWeights; ++c) {
                 sums[r][c] = Type::multiply_add(row, weights[c], sums[r][c]);
@@ -74,18 +84,31 @@ inline void accumulate(Vec (&sums)[kRows][kWeights], const typename Type::Elemen
     }
     if (whole == width) return;
     for (int c = 0; c < kWeights; ++c) {
-        typename Type::Element rest[kStep] = {};
-        __builtin_memcpy(rest, weight + c * stride + whole, (width - whole) * sizeof rest[0]);
-        const auto weights = Type::load(rest);
-        for (int r = 0; r < kRows; ++r) {
+        const auto weights = Type::load_some(weight + c * stride + whole, width - whole);
+        for (int r = kFrom; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + whole);
             sums[r][c] = Type::multiply_add(row, weights, sums[r][c]);
         }
     }
 }
 
+// Which of a tile's rows have a low-rank term. A window that stands twice fills one tile or two.
+enum class Gated { kNone, kSecondHalf, kAny };
+
+inline Gated gated_rows(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
+                        int64_t rows) {
+    if (input.low == nullptr) return Gated::kNone;
+    int64_t first = rows;
+    for (int64_t r = rows - 1; r >= 0; --r) {
+        if ((row + r) % linear.period >= linear.gated_from) first = r;
+    }
+    if (first == rows) return Gated::kNone;
+    return first >= rows / 2 ? Gated::kSecondHalf : Gated::kAny;
+}
+
 template <typename Type, typename Out, int kRows, int kWeights, bool kPrefetch>
-void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t column) {
+void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t column,
+          Gated gated) {
     using Element = typename Type::Element;
     using Input = typename Type::Input;
     Vec sums[kRows][kWeights];
@@ -96,18 +119,25 @@ void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
         sums, static_cast<const Element*>(linear.weight) + column * linear.weight_stride,
         linear.weight_stride, static_cast<const Input*>(input.x) + row * input.padded, input.padded,
         linear.width);
-    if (input.low != nullptr) {
+    if (gated != Gated::kNone) {
         // In the same sums: a row that is not gated adds zeros, which changes none of its bits.
-        accumulate<Type, kRows, kWeights, false>(
-            sums, static_cast<const Element*>(linear.b) + column * linear.rank, linear.rank,
-            static_cast<const Input*>(input.low) + row * input.padded_rank, input.padded_rank,
-            linear.rank);
+        const auto* const b = static_cast<const Element*>(linear.b) + column * linear.rank;
+        const auto* const low = static_cast<const Input*>(input.low) + row * input.padded_rank;
+        if (gated == Gated::kSecondHalf) {
+            accumulate<Type, kRows, kWeights, kPrefetch, kRows / 2>(sums, b, linear.rank, low,
+                                                                    input.padded_rank, linear.rank);
+        } else {
+            accumulate<Type, kRows, kWeights, kPrefetch>(sums, b, linear.rank, low,
+                                                         input.padded_rank, linear.rank);
+        }
     }
+    float totals[kRows * kWeights];
+    Simd::template reduce_add_each<kRows * kWeights>(sums[0], totals);
     for (int r = 0; r < kRows; ++r) {
         auto* const out = static_cast<typename Out::Element*>(linear.out) +
                           (row + r) * linear.out_stride + column;
         for (int c = 0; c < kWeights; ++c) {
-            float sum = Simd::reduce_add(sums[r][c]);
+            float sum = totals[r * kWeights + c];
             if (linear.bias != nullptr) {
                 sum += Type::widen(static_cast<const Element*>(linear.bias)[column + c]);
             }
@@ -120,12 +150,13 @@ template <typename Type, typename Out, int kRows, bool kPrefetch>
 void columns(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t first,
              int64_t last) {
     constexpr int kWeights = weights_per_tile(kRows, kPrefetch);
+    const Gated gated = gated_rows(linear, input, row, kRows);
     int64_t column = first;
     for (; column + kWeights <= last; column += kWeights) {
-        tile<Type, Out, kRows, kWeights, kPrefetch>(linear, input, row, column);
+        tile<Type, Out, kRows, kWeights, kPrefetch>(linear, input, row, column, gated);
     }
     for (; column < last; ++column) {
-        tile<Type, Out, kRows, 1, false>(linear, input, row, column);
+        tile<Type, Out, kRows, 1, false>(linear, input, row, column, gated);
     }
 }
 

@@ -1,8 +1,9 @@
-// A whole decoder layer for the few rows of a block: one parallel region, in which the weights are
+// Whole decoder layers for the few rows of a block: one parallel region, in which the weights are
 // read once and nothing waits for Python between them.
 #include "decoder_layer.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -28,20 +29,16 @@ const DecoderLayerKernels& kernels() {
 
 class Pass {
   public:
-    Pass(const DecoderLayer& layer, std::vector<char>& buffer)
+    explicit Pass(const DecoderLayer& layer)
         : layer_(layer),
           kernel_(kernels()),
           rows_(layer.batch * layer.n),
-          size_(layer.dtype == Dtype::kFloat32 ? 4 : 2) {
-        const int64_t query = layer.heads * layer.head_size;
-        const int64_t key = layer.kv_heads * layer.head_size;
-        const int64_t widths[] = {
-            layer.hidden_size, layer.hidden_size, layer.hidden_size, query, query, key, key,
-            layer.mlp_size,    layer.mlp_size};
-        char** const places[] = {&normed_, &projected_, &residual_, &query_, &attended_,
-                                 &key_,    &value_,     &gate_,     &up_};
-        int64_t bytes = 0;
-        for (int64_t width : widths) bytes += whole_lines(rows_ * width * size_);
+          size_(layer.dtype == Dtype::kFloat32 ? 4 : 2) {}
+
+    // Bytes that `place` wants.
+    int64_t bytes() const {
+        int64_t sum = 0;
+        for (int64_t width : widths()) sum += whole_lines(rows_ * width * size_);
         const BlockLinear inputs[] = {linear(kQuery, nullptr, nullptr),
                                       linear(kKey, nullptr, nullptr),
                                       linear(kValue, nullptr, nullptr)};
@@ -49,20 +46,26 @@ class Pass {
         const BlockLinear widening[] = {linear(kGate, nullptr, nullptr),
                                         linear(kUp, nullptr, nullptr)};
         const BlockLinear narrowing = linear(kDown, nullptr, nullptr);
-        const int64_t scratch =
-            std::max({block_linear_scratch(inputs, 3), block_linear_scratch(&output, 1),
-                      block_linear_scratch(widening, 2), block_linear_scratch(&narrowing, 1)});
-        char* data = aligned_bytes(buffer, bytes + scratch);
-        for (int64_t i = 0; i < 9; ++i) {
+        return sum +
+               std::max({block_linear_scratch(inputs, 3), block_linear_scratch(&output, 1),
+                         block_linear_scratch(widening, 2), block_linear_scratch(&narrowing, 1)});
+    }
+
+    // What is kept between the steps lies there, in lines; layers of equal sizes share it.
+    void place(char* data) {
+        char** const places[] = {&normed_, &projected_, &residual_, &query_, &attended_,
+                                 &key_,    &value_,     &gate_,     &up_};
+        const auto all = widths();
+        for (size_t i = 0; i < all.size(); ++i) {
             *places[i] = data;
-            data += whole_lines(rows_ * widths[i] * size_);
+            data += whole_lines(rows_ * all[i] * size_);
         }
         scratch_ = data;
     }
 
-    // Every thread of the region runs this.
-    void run() const {
-        norm(static_cast<const char*>(layer_.hidden), layer_.attention_norm);
+    // Every thread of the region runs this. `next`: the layer behind this one, or null.
+    void run(bool first, const Pass* next) const {
+        if (first) norm();
         const BlockLinear inputs[] = {linear(kQuery, normed_, query_), linear(kKey, normed_, key_),
                                       linear(kValue, normed_, value_)};
         block_linears_in_team(inputs, 3, scratch_);
@@ -76,10 +79,16 @@ class Pass {
         activate();
         const BlockLinear narrowing = linear(kDown, gate_, projected_);
         block_linears_in_team(&narrowing, 1, scratch_);
-        finish();
+        finish(next);
     }
 
   private:
+    std::array<int64_t, 9> widths() const {
+        const int64_t query = columns(kQuery), key = columns(kKey);
+        return {layer_.hidden_size, layer_.hidden_size, layer_.hidden_size, query, query, key, key,
+                layer_.mlp_size,    layer_.mlp_size};
+    }
+
     int64_t columns(LayerPart part) const {
         switch (part) {
             case kQuery:
@@ -108,13 +117,16 @@ class Pass {
             to, in,         in,       in,  to,    own.rank, layer_.n,     layer_.gated_from};
     }
 
-    void norm(const char* x, const void* weight) const {
+    void norm() const {
+        const auto* const hidden = static_cast<const char*>(layer_.hidden);
         const int64_t bytes = layer_.hidden_size * size_;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows_; ++row) {
-            kernel_.rms_norm(x + row * bytes, weight, layer_.dtype, layer_.hidden_size, layer_.eps,
-                             normed_ + row * bytes);
-        }
+        for (int64_t row = 0; row < rows_; ++row) norm_row(hidden + row * bytes, row);
+    }
+
+    void norm_row(const char* x, int64_t row) const {
+        kernel_.rms_norm(x, layer_.attention_norm, layer_.dtype, layer_.hidden_size, layer_.eps,
+                         normed_ + row * layer_.hidden_size * size_);
     }
 
     char* slot(const LayerCache& cache, int64_t batch_row, int64_t head, int64_t slot) const {
@@ -219,16 +231,19 @@ class Pass {
         }
     }
 
-    void finish() const {
+    // The layer's last step and the first of the next one, which no thread has to wait between.
+    void finish(const Pass* next) const {
         const int64_t bytes = layer_.hidden_size * size_;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows_; ++row) {
+            char* const out = static_cast<char*>(layer_.out) + row * bytes;
             kernel_.add(residual_ + row * bytes, projected_ + row * bytes, layer_.dtype,
-                        layer_.hidden_size, static_cast<char*>(layer_.out) + row * bytes);
+                        layer_.hidden_size, out);
+            if (next != nullptr) next->norm_row(out, row);
         }
     }
 
-    const DecoderLayer& layer_;
+    DecoderLayer layer_;
     const DecoderLayerKernels& kernel_;
     const int64_t rows_;
     const int64_t size_;  // of an element
@@ -240,17 +255,28 @@ class Pass {
 
 }  // namespace
 
-int64_t decoder_layer_cpu(const DecoderLayer& layer, int threads) {
-    for (int64_t row = 0; row < layer.batch; ++row) {
-        const int64_t length = layer.lengths[row];
-        if (length < 0 || length > layer.capacity - layer.n) return row;
+int64_t decoder_layers_cpu(const DecoderLayer* layers, int64_t count, int threads) {
+    std::vector<Pass> passes;
+    passes.reserve(static_cast<size_t>(count));
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const DecoderLayer& layer = layers[i];
+        for (int64_t row = 0; row < layer.batch; ++row) {
+            const int64_t length = layer.lengths[row];
+            if (length < 0 || length > layer.capacity - layer.n) return row;
+        }
+        passes.emplace_back(layer);
+        bytes = std::max(bytes, passes.back().bytes());
     }
-    if (layer.batch == 0 || layer.n == 0) return -1;
+    if (count == 0 || layers[0].batch == 0 || layers[0].n == 0) return -1;
     static thread_local std::vector<char> buffer;
-    const Pass pass(layer, buffer);
+    char* const data = aligned_bytes(buffer, bytes);
+    for (Pass& pass : passes) pass.place(data);
     (void)threads;  // unused by a compiler without OpenMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    pass.run();
+    for (int64_t i = 0; i < count; ++i) {
+        passes[i].run(i == 0, i + 1 < count ? &passes[i + 1] : nullptr);
+    }
     return -1;
 }
 

@@ -8,7 +8,7 @@ window of n tokens give in a linear layer is the same, bit for bit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ _users: dict[torch.nn.Module, int] = {}
 # those among them that `block_linears` is for
 _blocks: dict[torch.nn.Module, int] = {}
 _terms: dict[torch.nn.Module, tuple[Term, ...]] = {}
+_changes = 0  # how often `_terms` has changed
 
 
 @contextmanager
@@ -96,12 +97,16 @@ def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
     In `block_linears` it is a part of the product of few rows, in native decoder layers of those.
     Otherwise the layer's output is what it was, with the term added to it.
     """
+    global _changes
     with _lock:
         _enter(module)
         _terms[module] = (*_terms.get(module, ()), term)
+        _changes += 1
 
     def remove() -> None:
+        global _changes
         with _lock:
+            _changes += 1
             left = tuple(other for other in _terms[module] if other is not term)
             if left:
                 _terms[module] = left
@@ -110,6 +115,19 @@ def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
             _leave(module)
 
     return remove
+
+
+def changes() -> int:
+    """Goes up whenever a module is given a term or loses one."""
+    return _changes
+
+
+def gates(
+    modules: Iterable[torch.nn.Module],
+) -> tuple[Callable[[], tuple[int, int, int] | None], ...]:
+    """The `Term.rows` of all terms of `modules`, each of them once: which terms a forward gets is
+    known from these, until `changes`."""
+    return tuple(dict.fromkeys(t.rows for module in modules for t in _terms.get(module, ())))
 
 
 def active_terms(

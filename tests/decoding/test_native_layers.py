@@ -201,3 +201,112 @@ def test_a_layer_that_falls_back_is_an_error():
         )
         with pytest.raises(RuntimeError, match="own forward ran over a window of native layers"):
             block.window(ids[:, 6:], torch.tensor([6]), [6])
+
+
+def counted(monkeypatch):
+    """Calls of the op for one layer and of that for all, from now on."""
+    calls = {"decoder_layer": 0, "decoder_layers": 0}
+    for name in calls:
+        own = getattr(cllm_kernels, name)
+
+        def count(*args, name=name, own=own, **kwargs):
+            calls[name] += 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(cllm_kernels, name, count)
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_is_one_call(family, monkeypatch):
+    """With an adapter, too, and as the cache grows."""
+    model, inputs = tiny_model(family), prompts([23, 1, 12])
+    expected = greedy(model, inputs, max_new_tokens=40)
+    layout_of(model, 64), layout_of(model, 64, gated=True)  # not to be counted
+    for changes in ({}, {"adapter": random_adapter(family, 0.05)}):
+        calls = counted(monkeypatch)
+        out = cllm.generate(
+            model,
+            **inputs,
+            max_new_tokens=40,
+            block_size=6,
+            return_dict_in_generate=True,
+            **changes,
+        )
+        monkeypatch.undo()
+        assert torch.equal(out.sequences, expected)
+        assert calls == {"decoder_layer": 0, "decoder_layers": out.forwards}
+
+
+def stopped_early(model):
+    model.config.num_hidden_layers = 1
+
+
+def walked_otherwise(model):
+    own = model.model.forward
+
+    def forward(*args, **kwargs):
+        output = own(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * 0.5
+        return output
+
+    model.model.forward = forward
+
+
+def another_size(model):
+    mlp, width = model.model.layers[1].mlp, model.config.intermediate_size // 2
+    for name in ("gate_proj", "up_proj"):
+        linear = getattr(mlp, name)
+        linear.weight = torch.nn.Parameter(linear.weight.detach()[:width].clone())
+        linear.out_features = width
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, :width].clone())
+    mlp.down_proj.in_features = width
+
+
+@pytest.mark.parametrize(
+    "change", [stopped_early, walked_otherwise, another_size], ids=lambda change: change.__name__
+)
+def test_models_that_are_no_walk_through_equal_layers(change, monkeypatch):
+    """Their layers run as `decoder_layer`, one by one, where the model comes to them."""
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
+    change(model)
+    expected = greedy(model, inputs, max_new_tokens=16)
+    assert layout_of(model) == NATIVE
+    calls = counted(monkeypatch)
+    found = cllm.generate(model, **inputs, max_new_tokens=16, block_size=6)
+    assert torch.equal(found, expected)
+    assert calls["decoder_layers"] == 0 and calls["decoder_layer"] > 0
+
+
+def test_an_adapter_that_comes_and_goes_between_forwards():
+    model, adapter = tiny_model("llama"), random_adapter("llama", 0.05)
+    traits, ids = check_model(model), prompts([12], seed=2)["input_ids"]
+    lengths = torch.tensor([6])
+    with torch.no_grad(), NATIVE.applied(model):
+        block = BlockForward(
+            model, traits, batch=1, slots=30, device=ids.device, position_limit=None, layout=NATIVE
+        )
+        block.prefill(ids[:, :6], lengths)
+
+        def window():
+            return block.gated_window(ids[:, 6:9], 3, lengths, [6])
+
+        plain = window()
+        with adapter.applied(model) as gate:
+            assert torch.equal(window(), plain)  # the gate is closed
+            with gate.open(3, 1, 6):
+                gated = window()
+            assert torch.equal(window(), plain)
+            with gate.open(3, 1, 5), pytest.raises(RuntimeError, match=r"over \[1, 5\] tokens"):
+                window()
+        assert torch.equal(window(), plain)
+        other = random_adapter("llama", 0.1)
+        with adapter.applied(model) as one, other.applied(model) as two:
+            with two.open(3, 1, 6):
+                assert not torch.equal(window()[:, 3:], gated[:, 3:])
+            with one.open(3, 1, 6):
+                assert torch.equal(window(), gated)
+            with one.open(3, 1, 6), two.open(3, 1, 6):
+                with pytest.raises(RuntimeError, match="several adapters are on"):
+                    window()
+    assert torch.equal(gated[:, :3], plain[:, :3]) and not torch.equal(gated, plain)

@@ -80,8 +80,8 @@ class FusedTerm:
 
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, filled up
-        with zeros to a multiple of 32."""
+        """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, on a GPU
+        filled up with zeros to a multiple of 32."""
         weights, key = self._weights, (self._name, self._dtype, self._device)
         versions = version(weights.a), version(weights.b)
         known = self._casts.get(key)
@@ -92,7 +92,7 @@ class FusedTerm:
         # finite in every dtype: infinity times the zeros of rows that are not gated would be NaN
         most = torch.finfo(self._dtype).max
         a, b = (tensor.clamp(-most, most).to(self._dtype) for tensor in (a, b))
-        empty = -weights.rank % 32
+        empty = 0 if self._device.type == "cpu" else -weights.rank % 32
         pad = torch.nn.functional.pad
         made = pad(a, (0, 0, 0, empty)), pad(b, (0, empty))
         self._casts[key] = versions, made

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import cllm_kernels
-from cllm_kernels import DecoderWeights, current_backend
+from cllm_kernels import DecoderStack, DecoderWeights, current_backend
 from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.weights import LINEARS
 
-from ..linears import MOST_ROWS, active_terms, fusable
+from ..linears import MOST_ROWS, active_terms, changes, fusable, gates
 from .cache import RaggedCache
 from .masks import CHUNKED
 from .support import ModelTraits
@@ -113,15 +113,23 @@ def _untouched(module: Any) -> bool:
 @contextmanager
 def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     """Let the decoder layers of `model` run as `decoder_layer` over the windows of a `RaggedCache`,
-    for a while. Prompts, and forwards without such a cache, go through the layers' own forward.
+    for a while; on a CPU the first of them runs all, and the others hand on what it gave. Prompts,
+    and forwards without such a cache, go through the layers' own forward.
 
     The last concurrent call to leave puts the layers' own forward back.
     """
     layers = list(model.model.layers)
     with _lock:
-        for index, layer in enumerate(layers):
-            if layer not in _users:
-                layer.forward = NativeLayer(layer, index, _window(model, index, traits)).forward
+        made = [
+            NativeLayer(layer, index, _window(model, index, traits))
+            for index, layer in enumerate(layers)
+            if layer not in _users
+        ]
+        if len(made) == len(layers) and _stackable(model, made):
+            made[0].others = made[1:]
+        for native in made:
+            native.layer.forward = native.forward
+        for layer in layers:
             _users[layer] = _users.get(layer, 0) + 1
     try:
         yield
@@ -132,6 +140,15 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
                 if not _users[layer]:
                     del _users[layer]
                     del layer.forward
+
+
+def _stackable(model: Any, natives: list[NativeLayer]) -> bool:
+    """Whether the model's forward is a walk through all of its layers, which differ in nothing that
+    `DecoderStack` asks to be equal."""
+    first = natives[0]
+    same = all(native.alike == first.alike for native in natives)
+    walks = "forward" not in model.model.__dict__
+    return first.on_cpu and same and walks and model.config.num_hidden_layers == len(natives)
 
 
 def _window(model: Any, index: int, traits: ModelTraits) -> int | None:
@@ -151,8 +168,21 @@ class NativeLayer:
         self.window = window
         self.linears = [getattr(getattr(layer, part), name) for part, name in _LINEARS]
         self.eps = layer.input_layernorm.variance_epsilon
+        self.scale = layer.self_attn.scaling
+        # of a first layer that runs all: those behind it
+        self.others: list[NativeLayer] = []
         # by the terms that the weights hold; None: no term at all
         self._weights: dict[Any, DecoderWeights] = {}
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.linears[0].weight.is_cpu
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        weights = [linear.weight for linear in self.linears]
+        shapes = tuple(tuple(weight.shape) for weight in weights)
+        return self.eps, self.scale, weights[0].dtype, weights[0].device, shapes
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [B, n, H] -> the same, as the layer's own forward."""
@@ -164,9 +194,15 @@ class NativeLayer:
         plan = cache.plan
         assert plan.lengths is not None
         cos, sin = kwargs["position_embeddings"]
-        weights, gated_from = self._with_terms(hidden_states.shape[:2])
-        layer = cache.layer(self.index)
-        keys, values = layer.for_window(weights.kv_heads, weights.head_size, hidden_states)
+        if self.others:
+            stack = cache.stack
+            if stack is None or stack.outdated():
+                stack = cache.stack = LayerStack([self, *self.others], cache)
+            return stack(hidden_states, cos, sin)
+        if cache.stack is not None and cache.stack.latest is hidden_states:
+            return hidden_states
+        weights, gated_from = self.with_terms(hidden_states.shape[:2])
+        keys, values = self.caches(cache, hidden_states)
         return cllm_kernels.decoder_layer(
             hidden_states,
             weights,
@@ -176,22 +212,24 @@ class NativeLayer:
             values,
             plan.lengths,
             eps=self.eps,
-            scale=self.layer.self_attn.scaling,
+            scale=self.scale,
             window=self.window,
             guesses_from=plan.guesses_from,
             guess_width=plan.guess_width,
             gated_from=gated_from,
         )
 
-    def _with_terms(self, shape: torch.Size) -> tuple[DecoderWeights, int | None]:
-        """The weights with the low-rank terms of this thread's forward, and the first row that
-        gets those."""
+    def caches(self, cache: RaggedCache, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values [B, Hkv, C, D], with room for the coming window."""
+        size = self.layer.self_attn.head_dim
+        heads = self.linears[1].weight.shape[0] // size
+        return cache.layer(self.index).for_window(heads, size, like)
+
+    def with_terms(self, shape: torch.Size) -> tuple[DecoderWeights, int | None]:
+        """The weights with the low-rank terms of this thread's forward over `shape` tokens, and the
+        first row that gets those."""
         terms, rows = active_terms(self.linears)
-        if rows is not None and rows[1:] != tuple(shape):
-            raise RuntimeError(
-                f"an adapter is on for forwards over [{rows[1]}, {rows[2]}] tokens, but a decoder "
-                f"layer was given {list(shape)}"
-            )
+        _check_rows(rows, shape)
         weights = self._weights.get(terms)
         if weights is None:
             weights = self._weights[terms] = self._made(terms)
@@ -217,4 +255,73 @@ class NativeLayer:
                 None if linear.bias is None else linear.bias.detach() for linear in self.linears
             ],
             low_rank=[None if term is None else term.low_rank for term in terms],
+        )
+
+
+def _check_rows(rows: tuple[int, int, int] | None, shape: torch.Size) -> None:
+    if rows is not None and rows[1:] != tuple(shape):
+        raise RuntimeError(
+            f"an adapter is on for forwards over [{rows[1]}, {rows[2]}] tokens, but a decoder "
+            f"layer was given {list(shape)}"
+        )
+
+
+class LayerStack:
+    """All decoder layers of a model over one cache, as one call.
+
+    What thirty layers look up in every forward would take longer than a fifth of their arithmetic;
+    here it is looked up when it has changed.
+
+    Attributes:
+        latest: what the latest call gave: a layer that is handed this has been run already.
+    """
+
+    def __init__(self, natives: list[NativeLayer], cache: RaggedCache):
+        self.latest: torch.Tensor | None = None
+        self._natives = natives
+        self._cache = cache
+        self._capacity = cache.plan.capacity
+        self._changes = changes()
+        self._gates = gates(linear for native in natives for linear in native.linears)
+        # by the gates that are open
+        self._stacks: dict[tuple[Any, ...], DecoderStack] = {}
+
+    def outdated(self) -> bool:
+        """Whether the cache has grown, or an adapter has come or gone."""
+        return self._capacity != self._cache.plan.capacity or self._changes != changes()
+
+    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """hidden [B, n, H], cos and sin [B or 1, n, D] -> [B, n, H]."""
+        plan, opened = self._cache.plan, {gate: rows for gate in self._gates if (rows := gate())}
+        assert plan.lengths is not None
+        key = tuple(opened)
+        stack = self._stacks.get(key)
+        if stack is None:
+            stack = self._stacks[key] = self._made(hidden)
+        rows = next(iter(opened.values()), None)
+        if len(set(opened.values())) > 1:
+            raise RuntimeError("several adapters are on in one forward of the decoder layers")
+        _check_rows(rows, hidden.shape[:2])
+        self.latest = cllm_kernels.decoder_layers(
+            hidden,
+            stack,
+            cos,
+            sin,
+            plan.lengths,
+            guesses_from=plan.guesses_from,
+            guess_width=plan.guess_width,
+            gated_from=None if rows is None else rows[0],
+        )
+        return self.latest
+
+    def _made(self, hidden: torch.Tensor) -> DecoderStack:
+        natives, cache = self._natives, self._cache
+        caches = [native.caches(cache, hidden) for native in natives]
+        return DecoderStack(
+            [native.with_terms(hidden.shape[:2])[0] for native in natives],
+            [keys for keys, _ in caches],
+            [values for _, values in caches],
+            eps=natives[0].eps,
+            scale=natives[0].scale,
+            windows=[native.window for native in natives],
         )
