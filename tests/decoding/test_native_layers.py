@@ -225,14 +225,8 @@ def test_a_forward_is_one_call(family, monkeypatch):
     layout_of(model, 64), layout_of(model, 64, gated=True)  # not to be counted
     for changes in ({}, {"adapter": random_adapter(family, 0.05)}):
         calls = counted(monkeypatch)
-        out = cllm.generate(
-            model,
-            **inputs,
-            max_new_tokens=40,
-            block_size=6,
-            return_dict_in_generate=True,
-            **changes,
-        )
+        settings = {"max_new_tokens": 40, "block_size": 6, "return_dict_in_generate": True}
+        out = cllm.generate(model, **inputs, **settings, **changes)
         monkeypatch.undo()
         assert torch.equal(out.sequences, expected)
         assert calls == {"decoder_layer": 0, "decoder_layers": out.forwards}
@@ -306,7 +300,7 @@ def test_an_adapter_that_comes_and_goes_between_forwards():
                 assert not torch.equal(window()[:, 3:], gated[:, 3:])
             with one.open(3, 1, 6):
                 assert torch.equal(window(), gated)
-            with one.open(3, 1, 6), two.open(3, 1, 6):
-                with pytest.raises(RuntimeError, match="several adapters are on"):
-                    window()
+            several = pytest.raises(RuntimeError, match="several adapters are on")
+            with one.open(3, 1, 6), two.open(3, 1, 6), several:
+                window()
     assert torch.equal(gated[:, :3], plain[:, :3]) and not torch.equal(gated, plain)
