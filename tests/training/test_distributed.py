@@ -19,7 +19,8 @@ from cllm.training.store import load_trajectories as load
 from .distributed_run import main
 from .sharded_run import steps as sharded_steps
 
-pytestmark = pytest.mark.slow
+# three processes that load torch at a time: a busy machine takes minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(330)]
 
 SETTINGS = {
     "use_cpu": torch.accelerator.is_available(),  # without one it goes without saying
@@ -51,7 +52,7 @@ def launch(arguments: list[str], good: bool = True) -> subprocess.CompletedProce
         cwd=here,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=300,
     )
     assert (finished.returncode == 0) == good, finished.stderr[-4000:]
     return finished

@@ -24,7 +24,10 @@ from .sizes import recorded_sizes
 SHIPPING_LIMIT = 16 * 2**20
 RECIPE = "cllm_recipe.json"
 # what is kept of the trained folder's metadata; names of a machine's files are not
-_KEPT = ("block_size", "verify_size", "tasks", "step", "noisy_tokens", "noisy_tokens_forwarded")
+_KEPT = (
+    *("block_size", "verify_size", "tasks", "step", "noisy_tokens", "noisy_tokens_forwarded"),
+    "averaged",
+)
 
 
 def export_adapter(
@@ -72,7 +75,7 @@ def export_adapter(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise ValueError(f"base_model must be a hub id (owner/name), not {base_model!r}")
     destination = Path(os.path.abspath(Path(destination).expanduser()))
-    _check_destination(destination, overwrite)
+    check_destination(destination, overwrite)
     folder = find_folder(source)
     adapter = GatedAdapter.load(folder)
     if adapter.metadata.get("gated") is not True:
@@ -117,13 +120,14 @@ def export_adapter(
             )
         write_atomically(part / CARD, card.encode("utf-8"))
         part.chmod(0o755)
-        _move(part, destination)
+        move_into_place(part, destination)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return destination
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raises AdapterError if something stands there that may not be replaced."""
     if not os.path.lexists(destination):
         return
     if not overwrite:
@@ -132,7 +136,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     find_folder(destination)
 
 
-def _move(part: Path, destination: Path) -> None:
+def move_into_place(part: Path, destination: Path) -> None:
     """Put `part` at `destination`; an old folder goes when the new one is in place."""
     if not destination.exists():
         part.rename(destination)

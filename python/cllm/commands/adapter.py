@@ -1,4 +1,4 @@
-"""``cllm adapter export``: a trained adapter made ready to be given away."""
+"""``cllm adapter``: the mean of checkpoints, and an adapter made ready to be given away."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ import typer
 from .common import CommandError, DebugOption, Dtype, ModelOption, diagnostics, load
 
 app = typer.Typer(
-    help="Gated adapters: make one ready to be given away.",
+    help="Gated adapters: average checkpoints, make one ready to be given away.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-
-
-@app.callback()
-def _group() -> None:
-    # a group of one command: without this typer would make the command the group
-    return None
 
 
 @app.command("export")
@@ -111,6 +105,41 @@ def export(
         )
     size = sum(file.stat().st_size for file in written.iterdir()) / 2**20
     sys.stdout.write(f"adapter: {written} ({size:.1f} MiB)\n")
+    return 0
+
+
+@app.command("average")
+def average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Folders of checkpoints, or of adapters."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DEST", help="Folder to make.", show_default=False)
+    ],
+    share: Annotated[
+        list[float] | None,
+        typer.Option("--share", help="Of each source, in order.  [default: equal ones]"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter that DEST holds.")
+    ] = False,
+    debug: DebugOption = False,
+) -> int:
+    """Write the mean of several checkpoints' weights, which mostly guesses better than each.
+
+    For checkpoints of one run, or of runs that went on from the same adapter (`--lora-from`).
+    """
+    from ..adapter.average import average_folders
+
+    if share and len(share) != len(sources):
+        raise CommandError(
+            f"--share was given {len(share)} times for {len(sources)} folders; give one for each, "
+            "or none"
+        )
+    with diagnostics().status("averaging"):
+        written = average_folders(sources, output, share, overwrite=overwrite)
+    sys.stdout.write(f"adapter: {written}\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``cllm adapter export``: from a trained folder to one that can be given away."""
+"""``cllm adapter``: from trained folders to one that can be given away."""
 
 from __future__ import annotations
 
@@ -106,3 +106,21 @@ def test_bad_files_and_names(export, destination, tmp_path):
     assert export().code == 0
     assert "is there already" in export().error
     assert export("--overwrite").code == 0
+
+
+def test_the_mean_of_checkpoints(run, trained, tmp_path):
+    again = tmp_path / "again"
+    GatedAdapter.load(trained).save(again)
+    mean = tmp_path / "mean"
+    result = run("adapter", "average", trained, again, "--output", mean)
+    assert result.code == 0, result.err
+    assert result.out == f"adapter: {mean}\n"
+    assert GatedAdapter.load(mean).metadata["averaged"] == [0.5, 0.5]
+    result = run("adapter", "average", trained, again, "--output", mean)
+    assert result.code == 2 and "is there already" in result.err
+    shares = ("--share", "3", "--share", "1")
+    result = run("adapter", "average", trained, again, "--output", mean, "--overwrite", *shares)
+    assert result.code == 0, result.err
+    assert GatedAdapter.load(mean).metadata["averaged"] == [0.75, 0.25]
+    result = run("adapter", "average", trained, again, "--output", mean, "--share", "1")
+    assert result.code != 0 and "give one for each" in result.err
