@@ -2,6 +2,10 @@
 docstring, as HumanEval asks (Chen et al. 2021, arXiv 2107.03374), but other functions.
 
     python recipes/code_prompts.py code_prompts.jsonl
+
+or those of any folder of Python files:
+
+    python recipes/code_prompts.py more.jsonl --library .venv/lib/python3.11/site-packages/torch
 """
 
 from __future__ import annotations
@@ -48,10 +52,11 @@ def _prompt(node: ast.FunctionDef, text: str) -> str:
     return f'def {node.name}({ast.unparse(node.args)}){returns}:\n    """ {indented}\n    """\n'
 
 
-def main(output: Path) -> None:
+def main(output: Path, library: Path | None = None) -> None:
     """Write the prompts to OUTPUT, a file of JSON lines."""
-    library = Path(sysconfig.get_path("stdlib"))
-    rows = list(prompts(library))
+    rows = list(prompts(library or Path(sysconfig.get_path("stdlib"))))
+    if not rows:
+        raise typer.BadParameter(f"{library} has no Python function with a docstring")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} prompts in {output}")

@@ -1,5 +1,5 @@
 """Decoder layers over a block's few rows, beside the modules of HuggingFace, over weights that no
-cache holds: on a CPU those of a small model, one native call each; on a GPU those of LLaMA-2-7B
+cache holds: on a CPU those of a small model, all in one native call; on a GPU those of LLaMA-2-7B
 too.
 
     python benchmarks/kernels/decoder_layer.py --device cpu --record
@@ -31,7 +31,7 @@ from benchmarks.kernels.cases import (
 from benchmarks.kernels.harness import main
 from cllm.decoding.graphs import capture
 from cllm.traits import cache_argument
-from cllm_kernels import DecoderWeights
+from cllm_kernels import DecoderStack, DecoderWeights
 from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.reference import layer
 from cllm_kernels.decoder_layer.weights import LINEARS
@@ -95,16 +95,10 @@ def case(model: Model, rows: int, context: int, dtype: torch.dtype, device: torc
         }
 
     def ours(inputs: Inputs) -> Run:
-        layered = list(zip(inputs["weights"], inputs["keys"], inputs["values"], strict=True))
-        cos, sin, lengths = inputs["cos"], inputs["sin"], inputs["lengths"]
-
-        def call() -> Tensor:
-            x = inputs["hidden"]
-            for weights, keys, values in layered:
-                x = cllm_kernels.decoder_layer(x, weights, cos, sin, keys, values, lengths, eps=EPS)
-            return x
-
-        return Run(call)
+        """As decoding has them: all layers in one call on a CPU, on a GPU one by one."""
+        stack = DecoderStack(inputs["weights"], inputs["keys"], inputs["values"], eps=EPS)
+        rest = inputs["cos"], inputs["sin"], inputs["lengths"]
+        return Run(lambda: cllm_kernels.decoder_layers(inputs["hidden"], stack, *rest))
 
     def compiled_reference(inputs: Inputs) -> Run:
         """One graph, that of a layer, for all of them."""

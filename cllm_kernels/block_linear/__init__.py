@@ -54,8 +54,7 @@ def block_linear(
         weight: [N, H] and bias: [N] or None, of the same dtype and device.
         low_rank: (a [R, H], b [N, R]) of the same dtype and device, finite, or None. The rows
             x[..., gated_from:, :] get (x @ a.T) @ b.T on top (LoRA, Hu et al. 2021, eq. 3); the
-            others keep the bits that they have without it. A rank that is a multiple of 32 is
-            quickest on the C++ backend; zeros may fill it up.
+            others keep the bits that they have without it.
         gated_from: the first row, of the second to last dimension, that gets the term.
 
     Returns:

@@ -30,7 +30,8 @@ class DecoderStack:
     they are.
 
     All tensors are kept, not copied: values written into them in place count from the next call on,
-    while other tensors (a cache that has grown, ``model.to(...)``) need another stack.
+    while other tensors, or other memory under these (a cache that has grown, ``model.to(...)``,
+    ``tensor.data = ...``), need another stack.
 
     Args (L layers, at least one; sizes as in `DecoderWeights`):
         weights: L, of equal sizes, dtype and device.
@@ -89,7 +90,10 @@ class DecoderStack:
                 explain(hidden, layer, rotary, rotary, keys, values, lengths)
         # the narrowest cache is what a block is held against
         self.narrowest = min(range(count), key=lambda index: k_caches[index].shape[2])
-        self.table = self._table() if like.is_cpu and _C is not None else None
+        # addresses are of use for plain tensors on a CPU alone
+        tensors = [tensor for pair in self.caches for tensor in pair]
+        plain = like.is_cpu and eager(like, *tensors) and not any(t.is_neg() for t in tensors)
+        self.table = self._table() if plain and _C is not None else None
 
     def _table(self) -> Tensor:
         """[L, LAYER_FIELDS] int64, what csrc/bindings.cpp reads a layer from."""
@@ -108,7 +112,7 @@ class DecoderStack:
                 self.weights, self.caches, self.windows, strict=True
             )
         ]
-        table = torch.tensor(rows, dtype=torch.int64)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         assert table.shape[1] == _C.LAYER_FIELDS
         return table
 
@@ -151,7 +155,8 @@ def decoder_layers(
         for layer in stack.weights:
             refuse_gradients(hidden, layer)
     native = stack.table is not None and OP.choose(hidden.device, current_backend()) == "cpp"
-    if not native or hidden.is_neg() or not eager(hidden, cos, sin, lengths):
+    negative = hidden.is_neg() or cos.is_neg() or sin.is_neg()
+    if not native or negative or not eager(hidden, cos, sin, lengths):
         for layer, (keys, values), window in zip(
             stack.weights, stack.caches, stack.windows, strict=True
         ):

@@ -64,7 +64,7 @@ void shrink(const BlockLinear& linear, const BlockLinearKernels& kernel, const c
     shrunk.weight_stride = linear.width;
     shrunk.columns = linear.rank;
     shrunk.out_stride = padded_rank;
-    if (bytes == 4) shrunk.out_dtype = Dtype::kFloat32;
+    shrunk.out_dtype = bytes == 4 ? Dtype::kFloat32 : linear.dtype;
     const auto clear = [&](int64_t row, int64_t from, int64_t to) {
         std::memset(low + (row * padded_rank + from) * bytes, 0,
                     static_cast<size_t>((to - from) * bytes));

@@ -106,12 +106,12 @@ def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
     def remove() -> None:
         global _changes
         with _lock:
-            _changes += 1
             left = tuple(other for other in _terms[module] if other is not term)
             if left:
                 _terms[module] = left
             else:
                 del _terms[module]
+            _changes += 1
             _leave(module)
 
     return remove

@@ -38,6 +38,7 @@ def start():
 def test_the_mean_of_the_factors(start):
     others = [moved(start, seed, step=100 * seed) for seed in (2, 1)]
     mean = average_adapters([start, *others], [1.0, 2.0, 1.0])
+    assert mean.metadata["gated"] is True
     for name, pair in mean.weights.items():
         one, two, three = (adapter.weights[name] for adapter in (start, *others))
         for letter in ("a", "b"):
@@ -49,7 +50,7 @@ def test_the_mean_of_the_factors(start):
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-8)
         assert pair.scaling == one.scaling
-    assert mean.metadata["step"] == 200 and mean.metadata["averaged"] == [0.25, 0.5, 0.25]
+    assert mean.metadata["step"] == 100 and mean.metadata["averaged"] == [0.25, 0.5, 0.25]
     mean.check(tiny_model("llama"))
 
 
@@ -97,7 +98,7 @@ def with_nan(start):
     [
         (other_rank, "adapter 2 has rank 2 in .*, the first one 3"),
         (other_modules, "adapter 2 and the first one have different modules, model.layers.0"),
-        (other_base, "adapter 2 was trained for another base"),
+        (other_base, "trained for different bases"),
         (other_scale, "adapter 2 has the scale 2.0 in .*, the first one 1.0"),
         (other_run, "adapter 2 is unrelated to the first one"),
         (with_nan, "holds NaN or infinity"),
@@ -107,6 +108,16 @@ def with_nan(start):
 def test_what_has_no_mean(start, change, message):
     with pytest.raises(AdapterError, match=message):
         average_adapters([start, change(start)])
+
+
+def test_what_is_known_of_some_alone(start):
+    """A base that not all name, and a gate that not all had."""
+    unknown = GatedAdapter(moved(start, 1).weights, {"step": 3})
+    mean = average_adapters([start, unknown])
+    assert mean.metadata["base_fingerprint"] == start.metadata["base_fingerprint"]
+    assert mean.metadata["step"] == 3 and mean.metadata["gated"] is False
+    with pytest.raises(AdapterError, match="different bases"):
+        average_adapters([unknown, start, other_base(start)])
 
 
 @pytest.mark.parametrize("shares", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
@@ -122,7 +133,7 @@ def test_nothing_to_average():
 
 def test_folders(start, tmp_path):
     folders = [
-        moved(start, step, step=step).save(tmp_path / f"checkpoint-{step}") for step in (40, 20)
+        moved(start, step, step=step).save(tmp_path / f"checkpoint-{step}") for step in (20, 40)
     ]
     recipes = {folder: {"arguments": {"name": folder.name}} for folder in folders}
     for folder, recipe in recipes.items():

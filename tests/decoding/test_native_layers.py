@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import transformers as hf
 
 import cllm
 import cllm_kernels
+from cllm.adapter import LowRank
 from cllm.decoding import forward, layers
 from cllm.decoding.forward import BlockForward, choose_layout
 from cllm.decoding.support import check_model
@@ -219,7 +222,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forward_is_one_call(family, monkeypatch):
-    """With an adapter, too, and as the cache grows."""
+    """With an adapter, too."""
     model, inputs = tiny_model(family), prompts([23, 1, 12])
     expected = greedy(model, inputs, max_new_tokens=40)
     layout_of(model, 64), layout_of(model, 64, gated=True)  # not to be counted
@@ -272,6 +275,76 @@ def test_models_that_are_no_walk_through_equal_layers(change, monkeypatch):
     assert calls["decoder_layers"] == 0 and calls["decoder_layer"] > 0
 
 
+def test_models_that_share_a_layer():
+    """Each runs its own layers, whichever was there first."""
+    whole = copy.deepcopy(tiny_model("llama"))
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = 1
+    part = hf.AutoModelForCausalLM.from_config(config).eval()
+    part.model.embed_tokens, part.lm_head = whole.model.embed_tokens, whole.lm_head
+    part.model.norm, part.model.layers[0] = whole.model.norm, whole.model.layers[0]
+    inputs = prompts([9, 4])
+    expected = {model: greedy(model, inputs, max_new_tokens=16) for model in (whole, part)}
+    assert not torch.equal(expected[whole], expected[part])
+    for model in (whole, part):
+        layout_of(model)
+    for outer in (whole, part):
+        with NATIVE.applied(outer):
+            for model in (whole, part, whole):
+                found = cllm.generate(model, **inputs, max_new_tokens=16, block_size=6)
+                assert torch.equal(found, expected[model])
+    assert all("forward" not in module.__dict__ for module in whole.modules())
+
+
+def test_what_happens_between_layers_is_not_passed_over():
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9])
+    layout_of(model)
+
+    def copied(module, _, output):
+        return output.clone() if type(module).__name__ == "LlamaDecoderLayer" else None
+
+    hook = torch.nn.modules.module.register_module_forward_hook(copied)
+    try:
+        with pytest.raises(RuntimeError, match="layer 1 was not given what the layers before it"):
+            cllm.generate(model, **inputs, max_new_tokens=8)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def test_a_cache_that_sees_new_weights_and_goes_with_its_call():
+    model = copy.deepcopy(tiny_model("llama"))
+    traits, ids = check_model(model), prompts([12], seed=2)["input_ids"]
+    lengths = torch.tensor([6])
+
+    def filled():
+        block = BlockForward(
+            model, traits, batch=1, slots=30, device=ids.device, position_limit=None, layout=NATIVE
+        )
+        block.prefill(ids[:, :6], lengths)
+        return block
+
+    def window(block):
+        with NATIVE.applied(model):
+            return block.window(ids[:, 6:9], lengths, [6])
+
+    block = filled()
+    before = window(block)
+    # behind the last keys and values, so that what is cached stays right
+    for parameter in model.model.layers[-1].mlp.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+    after = window(block)
+    assert torch.equal(after, window(filled())) and not torch.equal(after, before)
+    gc.collect()
+    gc.disable()  # memory of a cache must not wait for it
+    try:
+        cache = weakref.ref(block.cache)
+        del block
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
 def test_an_adapter_that_comes_and_goes_between_forwards():
     model, adapter = tiny_model("llama"), random_adapter("llama", 0.05)
     traits, ids = check_model(model), prompts([12], seed=2)["input_ids"]
@@ -304,3 +377,17 @@ def test_an_adapter_that_comes_and_goes_between_forwards():
             with one.open(3, 1, 6), two.open(3, 1, 6), several:
                 window()
     assert torch.equal(gated[:, :3], plain[:, :3]) and not torch.equal(gated, plain)
+
+
+def test_an_adapter_of_strided_matrices():
+    model, inputs = tiny_model("llama"), prompts([9])
+    adapter = random_adapter("llama", 0.05)
+    strided = cllm.GatedAdapter(
+        {
+            name: LowRank(pair.a.t().contiguous().t(), pair.b.t().contiguous().t(), pair.scaling)
+            for name, pair in adapter.weights.items()
+        },
+        adapter.metadata,
+    )
+    found = cllm.generate(model, **inputs, max_new_tokens=12, block_size=5, adapter=strided)
+    assert torch.equal(found, greedy(model, inputs, max_new_tokens=12))

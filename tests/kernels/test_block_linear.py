@@ -82,7 +82,8 @@ def test_a_rows_bits_are_its_own(dtype, data):
     rows = data.draw(st.integers(1, 40), "rows")
     width = data.draw(st.integers(1, 200), "width")
     columns = data.draw(st.integers(1, 150), "columns")
-    given = make(rows, width, columns, 8, dtype, seed=rows + width)
+    rank = data.draw(st.sampled_from([1, 8, 24, 31, 33]), "rank")
+    given = make(rows, width, columns, rank, dtype, seed=rows + width)
     x, weight, bias = given["x"], given["weight"], given["bias"]
     whole = cllm_kernels.block_linear(x, weight, bias)
     first = data.draw(st.integers(0, rows - 1), "first")
@@ -92,6 +93,12 @@ def test_a_rows_bits_are_its_own(dtype, data):
     assert torch.equal(gated[:first], whole[:first])
     alone = cllm_kernels.block_linear(x[last - 1 :], weight, bias, low_rank=given["low_rank"])
     assert torch.equal(gated[last - 1 :], alone)
+    # several blocks of those rows, so that a tile has rows of any kind
+    batch = data.draw(st.integers(2, 4), "batch")
+    many = cllm_kernels.block_linear(
+        x.repeat(batch, 1, 1), weight, bias, low_rank=given["low_rank"], gated_from=first
+    )
+    assert all(torch.equal(block, gated) for block in many)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(data.draw(st.integers(1, 4), "threads"))

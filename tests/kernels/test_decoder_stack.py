@@ -20,10 +20,10 @@ CHOICES = {
 
 
 def make_stack(model, dtype, lengths, n, *, device="cpu", windows=WINDOWS):
-    """A stack of three layers, the middle one with a wider cache, and the block for it."""
+    """A stack of three layers, the first one with a wider cache, and the block for it."""
     weights = [make_weights(model, dtype, device, seed=seed) for seed in range(3)]
     blocks = [
-        make_block(layer, lengths, n, capacity=16 + 8 * (seed == 1), seed=seed, device=device)
+        make_block(layer, lengths, n, capacity=16 + 8 * (seed == 0), seed=seed, device=device)
         for seed, layer in enumerate(weights)
     ]
     keys, values = [block[3] for block in blocks], [block[4] for block in blocks]
@@ -176,3 +176,19 @@ def test_bad_blocks_are_named():
         given = {"hidden": hidden, "cos": cos, "sin": sin, "lengths": lengths, **changes}
         with pytest.raises(ValueError, match=message):
             cllm_kernels.decoder_layers(given.pop("hidden"), stack, **given)
+
+
+def test_tensors_that_are_no_plain_memory():
+    """A sign that only the dispatcher knows of, and a table made under another default device."""
+    stack, (hidden, cos, sin, lengths) = make_stack(
+        MODELS["whole vectors"], torch.float32, [3], 4, windows=()
+    )
+    expected = cllm_kernels.decoder_layers(hidden, stack, cos, sin, lengths)
+    negative = torch._neg_view(-sin)
+    assert negative.is_neg()
+    found = cllm_kernels.decoder_layers(hidden, stack, cos, negative, lengths)
+    assert torch.equal(found, expected)
+    with torch.device("meta"):
+        keys, values = zip(*stack.caches, strict=True)
+        other = DecoderStack(stack.weights, keys, values, eps=1e-5)
+    assert torch.equal(cllm_kernels.decoder_layers(hidden, other, cos, sin, lengths), expected)

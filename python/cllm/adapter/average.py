@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights, which guesses better than any one of them."""
+"""The mean of several checkpoints' weights, which mostly guesses better than each of them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def average_adapters(
         shares: one positive number each, in any unit; None: equal ones.
 
     Returns:
-        An adapter with the metadata of the one that has the most steps, and ``averaged``: the
-        shares, which add up to 1.
+        An adapter with the metadata of the last one, and ``averaged``: the shares, which add up to
+        1. It counts as gated if all are.
 
     Raises:
         AdapterError: adapters of other modules, shapes, scales or bases, or of unrelated runs;
@@ -54,6 +54,8 @@ def average_adapters(
             f"shares must be {len(adapters)} positive numbers, one for each adapter, not {given}"
         )
     parts = [share / sum(given) for share in given]
+    if len(_bases(adapters)) > 1:
+        raise AdapterError("the adapters were trained for different bases, by their fingerprints")
     first = adapters[0]
     for number, other in enumerate(adapters[1:], start=2):
         _check_alike(first, other, number)
@@ -69,8 +71,17 @@ def average_adapters(
         )
         for name, pair in first.weights.items()
     }
-    latest = max(adapters, key=lambda adapter: adapter.metadata.get("step") or 0)
-    return GatedAdapter(weights, {**latest.metadata, "averaged": [round(p, 6) for p in parts]})
+    metadata = {**adapters[-1].metadata, "averaged": [round(p, 6) for p in parts]}
+    if bases := _bases(adapters):
+        metadata["base_fingerprint"] = bases[0]
+    metadata["gated"] = all(adapter.metadata.get("gated") is True for adapter in adapters)
+    return GatedAdapter(weights, metadata)
+
+
+def _bases(adapters: Sequence[GatedAdapter]) -> list[str]:
+    """The fingerprints that occur."""
+    found = (adapter.metadata.get("base_fingerprint") for adapter in adapters)
+    return list(dict.fromkeys(str(base) for base in found if base is not None))
 
 
 def _mean(tensors: Sequence[torch.Tensor], parts: Sequence[float]) -> torch.Tensor:
@@ -81,9 +92,6 @@ def _mean(tensors: Sequence[torch.Tensor], parts: Sequence[float]) -> torch.Tens
 
 
 def _check_alike(first: GatedAdapter, other: GatedAdapter, number: int) -> None:
-    bases = [adapter.metadata.get("base_fingerprint") for adapter in (first, other)]
-    if None not in bases and bases[0] != bases[1]:
-        raise AdapterError(f"adapter {number} was trained for another base than the first one")
     if missing := sorted(first.weights.keys() ^ other.weights.keys()):
         raise AdapterError(
             f"adapter {number} and the first one have different modules, {missing[0]} for one"
@@ -126,7 +134,7 @@ def average_folders(
 ) -> Path:
     """`average_adapters` of folders, or hub ids, as a folder.
 
-    The recipe of the source with the most steps goes with it, for `export_adapter`.
+    The recipe of the last source goes with it, for `export_adapter`.
 
     Returns:
         The destination, which appears whole or not at all.
@@ -140,8 +148,7 @@ def average_folders(
     folders = [find_folder(source) for source in sources]
     adapters = [GatedAdapter.load(folder) for folder in folders]
     mean = average_adapters(adapters, shares)
-    steps = [adapter.metadata.get("step") or 0 for adapter in adapters]
-    recipe = folders[steps.index(max(steps))] / RECIPE
+    recipe = folders[-1] / RECIPE
     destination.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:

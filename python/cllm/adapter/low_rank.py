@@ -94,7 +94,7 @@ class FusedTerm:
         a, b = (tensor.clamp(-most, most).to(self._dtype) for tensor in (a, b))
         empty = 0 if self._device.type == "cpu" else -weights.rank % 32
         pad = torch.nn.functional.pad
-        made = pad(a, (0, 0, 0, empty)), pad(b, (0, empty))
+        made = pad(a, (0, 0, 0, empty)).contiguous(), pad(b, (0, empty)).contiguous()
         self._casts[key] = versions, made
         return made
 

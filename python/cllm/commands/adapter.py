@@ -128,7 +128,8 @@ def average(
 ) -> int:
     """Write the mean of several checkpoints' weights, which mostly guesses better than each.
 
-    For checkpoints of one run, or of runs that went on from the same adapter (`--lora-from`).
+    For checkpoints of one run, or of runs that went on from the same adapter (`--lora-from`). What
+    is known of the last one, its recipe for one, is written beside the weights.
     """
     from ..adapter.average import average_folders
 

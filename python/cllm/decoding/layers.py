@@ -22,7 +22,7 @@ from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.weights import LINEARS
 
 from ..linears import MOST_ROWS, active_terms, changes, fusable, gates
-from .cache import RaggedCache
+from .cache import BlockPlan, RaggedCache
 from .masks import CHUNKED
 from .support import ModelTraits
 
@@ -120,13 +120,17 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     """
     layers = list(model.model.layers)
     with _lock:
+        for layer in layers:
+            native = getattr(layer.forward, "__self__", None)
+            if isinstance(native, NativeLayer):
+                native.leave_unless(layers)
         made = [
             NativeLayer(layer, index, _window(model, index, traits))
             for index, layer in enumerate(layers)
             if layer not in _users
         ]
         if len(made) == len(layers) and _stackable(model, made):
-            made[0].others = made[1:]
+            made[0].others = tuple(made[1:])
         for native in made:
             native.layer.forward = native.forward
         for layer in layers:
@@ -170,7 +174,7 @@ class NativeLayer:
         self.eps = layer.input_layernorm.variance_epsilon
         self.scale = layer.self_attn.scaling
         # of a first layer that runs all: those behind it
-        self.others: list[NativeLayer] = []
+        self.others: tuple[NativeLayer, ...] = ()
         # by the terms that the weights hold; None: no term at all
         self._weights: dict[Any, DecoderWeights] = {}
 
@@ -194,13 +198,18 @@ class NativeLayer:
         plan = cache.plan
         assert plan.lengths is not None
         cos, sin = kwargs["position_embeddings"]
-        if self.others:
-            stack = cache.stack
-            if stack is None or stack.outdated():
-                stack = cache.stack = LayerStack([self, *self.others], cache)
-            return stack(hidden_states, cos, sin)
-        if cache.stack is not None and cache.stack.latest is hidden_states:
-            return hidden_states
+        if self.index == 0:
+            stack = cache.stack = self._stack(cache)
+            if stack is not None:
+                return stack(hidden_states, cos, sin, cache)
+        elif cache.stack is not None and self in cache.stack:
+            if cache.stack.latest is hidden_states:
+                return hidden_states
+            raise RuntimeError(
+                f"decoder layer {self.index} was not given what the layers before it gave, but "
+                "something made of it; whatever changes it has to be on the model before cllm's "
+                "first call with it"
+            )
         weights, gated_from = self.with_terms(hidden_states.shape[:2])
         keys, values = self.caches(cache, hidden_states)
         return cllm_kernels.decoder_layer(
@@ -218,6 +227,21 @@ class NativeLayer:
             guess_width=plan.guess_width,
             gated_from=gated_from,
         )
+
+    def leave_unless(self, layers: list[torch.nn.Module]) -> None:
+        """Run this layer alone from now on, unless these are the layers that it runs: another model
+        has come that shares some of them."""
+        if [self.layer, *(native.layer for native in self.others)] != layers:
+            self.others = ()
+
+    def _stack(self, cache: RaggedCache) -> LayerStack | None:
+        """What runs all layers over this cache, if this layer is to do so."""
+        if not self.others:
+            return None
+        stack = cache.stack
+        if stack is None or stack.first is not self or stack.outdated():
+            return LayerStack((self, *self.others), cache.plan)
+        return stack
 
     def caches(self, cache: RaggedCache, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's keys and values [B, Hkv, C, D], with room for the coming window."""
@@ -276,32 +300,40 @@ class LayerStack:
         latest: what the latest call gave: a layer that is handed this has been run already.
     """
 
-    def __init__(self, natives: list[NativeLayer], cache: RaggedCache):
+    def __init__(self, natives: tuple[NativeLayer, ...], plan: BlockPlan):
         self.latest: torch.Tensor | None = None
+        self.first = natives[0]
         self._natives = natives
-        self._cache = cache
-        self._capacity = cache.plan.capacity
+        self._members = frozenset(natives)
+        # not the cache: it has this, and a cycle would keep its memory for long
+        self._plan = plan
+        self._capacity = plan.capacity
         self._changes = changes()
         self._gates = gates(linear for native in natives for linear in native.linears)
         # by the gates that are open
         self._stacks: dict[tuple[Any, ...], DecoderStack] = {}
 
+    def __contains__(self, native: NativeLayer) -> bool:
+        return native in self._members
+
     def outdated(self) -> bool:
         """Whether the cache has grown, or an adapter has come or gone."""
-        return self._capacity != self._cache.plan.capacity or self._changes != changes()
+        return self._capacity != self._plan.capacity or self._changes != changes()
 
-    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RaggedCache
+    ) -> torch.Tensor:
         """hidden [B, n, H], cos and sin [B or 1, n, D] -> [B, n, H]."""
-        plan, opened = self._cache.plan, {gate: rows for gate in self._gates if (rows := gate())}
+        plan, opened = self._plan, {gate: rows for gate in self._gates if (rows := gate())}
         assert plan.lengths is not None
+        if len(set(opened.values())) > 1:
+            raise RuntimeError("several adapters are on in one forward of the decoder layers")
+        rows = next(iter(opened.values()), None)
+        _check_rows(rows, hidden.shape[:2])
         key = tuple(opened)
         stack = self._stacks.get(key)
         if stack is None:
-            stack = self._stacks[key] = self._made(hidden)
-        rows = next(iter(opened.values()), None)
-        if len(set(opened.values())) > 1:
-            raise RuntimeError("several adapters are on in one forward of the decoder layers")
-        _check_rows(rows, hidden.shape[:2])
+            stack = self._stacks[key] = self._made(hidden, cache)
         self.latest = cllm_kernels.decoder_layers(
             hidden,
             stack,
@@ -314,14 +346,14 @@ class LayerStack:
         )
         return self.latest
 
-    def _made(self, hidden: torch.Tensor) -> DecoderStack:
-        natives, cache = self._natives, self._cache
+    def _made(self, hidden: torch.Tensor, cache: RaggedCache) -> DecoderStack:
+        natives = self._natives
         caches = [native.caches(cache, hidden) for native in natives]
         return DecoderStack(
             [native.with_terms(hidden.shape[:2])[0] for native in natives],
             [keys for keys, _ in caches],
             [values for _, values in caches],
-            eps=natives[0].eps,
-            scale=natives[0].scale,
+            eps=self.first.eps,
+            scale=self.first.scale,
             windows=[native.window for native in natives],
         )
