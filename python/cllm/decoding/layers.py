@@ -204,6 +204,8 @@ class NativeLayer:
                 return stack(hidden_states, cos, sin, cache)
         elif cache.stack is not None and self in cache.stack:
             if cache.stack.latest is hidden_states:
+                if self is cache.stack.last:
+                    cache.stack.latest = None
                 return hidden_states
             raise RuntimeError(
                 f"decoder layer {self.index} was not given what the layers before it gave, but "
@@ -297,12 +299,13 @@ class LayerStack:
     here it is looked up when it has changed.
 
     Attributes:
-        latest: what the latest call gave: a layer that is handed this has been run already.
+        latest: what this forward's call gave, until the last layer has handed it on: a layer that
+            is handed this has been run already.
     """
 
     def __init__(self, natives: tuple[NativeLayer, ...], plan: BlockPlan):
         self.latest: torch.Tensor | None = None
-        self.first = natives[0]
+        self.first, self.last = natives[0], natives[-1]
         self._natives = natives
         self._members = frozenset(natives)
         # not the cache: it has this, and a cycle would keep its memory for long
