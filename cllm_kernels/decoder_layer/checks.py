@@ -56,7 +56,7 @@ def fits(
     v_cache: Tensor,
     lengths: Tensor,
 ) -> bool:
-    """Whether all tensors fit together; runs in every layer of every forward."""
+    """Whether all tensors fit together; runs in every forward."""
     if hidden.dim() != 3 or k_cache.dim() != 4:
         return False
     batch, n, width = hidden.shape

@@ -71,12 +71,12 @@ class DecoderStack:
             raise ValueError(
                 f"DecoderStack: k_caches[0] must be [B, Hkv, C, D], not {shape_text(k_caches[0])}"
             )
-        self.batch = k_caches[0].shape[0]
+        batch = k_caches[0].shape[0]
         # what fits every layer, to be held against the others
         like = first.query
-        hidden = like.new_empty(self.batch, 0, first.hidden_size)
+        hidden = like.new_empty(batch, 0, first.hidden_size)
         rotary = like.new_empty(1, 0, first.head_size)
-        lengths = torch.empty(self.batch, dtype=torch.int64, device=like.device)
+        lengths = torch.empty(batch, dtype=torch.int64, device=like.device)
         for index, (layer, (keys, values)) in enumerate(
             zip(self.weights, self.caches, strict=True)
         ):

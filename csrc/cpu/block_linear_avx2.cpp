@@ -9,7 +9,9 @@ namespace {
 
 #include "half.h"
 
-struct Simd {
+#include "block_linear_plain.h"
+
+struct Simd : Plain<Simd, 8> {
     using Vec = __m256;
     static constexpr int64_t kWidth = 8;
     static constexpr int kAccumulators = 12;  // of 16 registers
@@ -22,23 +24,6 @@ struct Simd {
     static Vec load_f16(const uint16_t* data) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
     }
-    // The first `count` of a vector, fewer than all, and zeros.
-    template <typename Element>
-    struct Part {
-        Element data[kWidth] = {};
-        Part(const Element* from, int64_t count) {
-            __builtin_memcpy(data, from, count * sizeof(Element));
-        }
-    };
-    static Vec load_some(const float* data, int64_t count) {
-        return load(Part<float>(data, count).data);
-    }
-    static Vec load_some_bf16(const uint16_t* data, int64_t count) {
-        return load_bf16(Part<uint16_t>(data, count).data);
-    }
-    static Vec load_some_f16(const uint16_t* data, int64_t count) {
-        return load_f16(Part<uint16_t>(data, count).data);
-    }
     static void store(float* data, Vec x) { _mm256_storeu_ps(data, x); }
     static Vec fill(float value) { return _mm256_set1_ps(value); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -46,10 +31,6 @@ struct Simd {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
-    }
-    template <int kCount>
-    static void reduce_add_each(const Vec* vectors, float* out) {
-        for (int i = 0; i < kCount; ++i) out[i] = reduce_add(vectors[i]);
     }
     // Into L2: a line that is asked for into L1 holds up the loads of others while it comes.
     // always_inline: gcc takes a function that only prefetches for one that does nothing.

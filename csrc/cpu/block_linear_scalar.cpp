@@ -6,7 +6,9 @@ namespace {
 
 #include "half.h"
 
-struct Simd {
+#include "block_linear_plain.h"
+
+struct Simd : Plain<Simd, 8> {
     static constexpr int64_t kWidth = 8;
     static constexpr int kAccumulators = 12;
     struct Vec {
@@ -28,23 +30,6 @@ struct Simd {
     static Vec load_f16(const uint16_t* data) {
         return each([&](int64_t i) { return widen_f16(data[i]); });
     }
-    // The first `count` of a vector, fewer than all, and zeros.
-    template <typename Element>
-    struct Part {
-        Element data[kWidth] = {};
-        Part(const Element* from, int64_t count) {
-            __builtin_memcpy(data, from, count * sizeof(Element));
-        }
-    };
-    static Vec load_some(const float* data, int64_t count) {
-        return load(Part<float>(data, count).data);
-    }
-    static Vec load_some_bf16(const uint16_t* data, int64_t count) {
-        return load_bf16(Part<uint16_t>(data, count).data);
-    }
-    static Vec load_some_f16(const uint16_t* data, int64_t count) {
-        return load_f16(Part<uint16_t>(data, count).data);
-    }
     static void store(float* data, const Vec& x) { __builtin_memcpy(data, x.lane, sizeof x.lane); }
     static Vec fill(float value) {
         return each([&](int64_t) { return value; });
@@ -56,10 +41,6 @@ struct Simd {
         float sum = 0.0f;
         for (float value : a.lane) sum += value;
         return sum;
-    }
-    template <int kCount>
-    static void reduce_add_each(const Vec* vectors, float* out) {
-        for (int i = 0; i < kCount; ++i) out[i] = reduce_add(vectors[i]);
     }
     // always_inline: gcc takes a function that only prefetches for one that does nothing
     __attribute__((always_inline)) static void prefetch(const void* place) {

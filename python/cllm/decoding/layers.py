@@ -295,8 +295,8 @@ def _check_rows(rows: tuple[int, int, int] | None, shape: torch.Size) -> None:
 class LayerStack:
     """All decoder layers of a model over one cache, as one call.
 
-    What thirty layers look up in every forward would take longer than a fifth of their arithmetic;
-    here it is looked up when it has changed.
+    Weights, caches and terms of thirty layers take milliseconds to look up; here that is done when
+    one of them has changed.
 
     Attributes:
         latest: what this forward's call gave, until the last layer has handed it on: a layer that
