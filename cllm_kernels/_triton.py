@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,29 @@ FUSION = {"enable_fp_fusion": False}
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one inside: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def _starts_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def chained(tensor: Tensor) -> dict[str, Any]:
+    """Launch options of a kernel that calls `await_inputs`. From Hopper on it is started while the
+    kernel before it on the stream still runs (programmatic dependent launch), so that the one's
+    beginning is hidden by the other's end."""
+    early = _starts_early(tensor.device)
+    return {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
+
+
+@triton.jit
+def await_inputs(PDL: tl.constexpr):
+    """To be called before anything is read that another kernel may have written, or written at
+    all: waits for all kernels before this one, and lets the next one start as far as its own
+    call. Kernels that are not `chained` wait by themselves."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, device_of, tanh
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of, tanh
 from cllm_kernels.block_attention import empty_output
 
 _APPEND_ROWS = 16  # tokens that one step of the append copies
@@ -79,7 +79,9 @@ def block_attention_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     APPEND_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     # Programs that share keys and values, the query tiles of a KV head, are neighbours.
     q_tile = tl.program_id(0) % q_tiles
     kv_row = tl.program_id(0) // q_tiles
@@ -206,7 +208,9 @@ def block_attention_combine_kernel(
     D_PAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     tile = tl.program_id(0) % tiles
     kv_row = tl.program_id(0) // tiles
     row = (kv_row // kv_heads).to(tl.int64)
@@ -371,6 +375,7 @@ def block_attention(
             APPEND_ROWS=_APPEND_ROWS,
             **constants,
             **shape,
+            **chained(q),
             **FUSION,
         )
         if splits > 1:
@@ -385,6 +390,7 @@ def block_attention(
                 window or 0,
                 **constants,
                 **rows,
+                **chained(q),
                 **FUSION,
             )
     return out

@@ -26,11 +26,17 @@ def _cpp() -> Any:
     return native.block_linear_cpu
 
 
+def _triton() -> Any:
+    from cllm_kernels.block_linear import triton_kernel
+
+    return triton_kernel.block_linear
+
+
 OP = register(
     Op(
         name="block_linear",
-        implementations={"reference": _reference, "cpp": _cpp},
-        preference={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+        implementations={"reference": _reference, "cpp": _cpp, "triton": _triton},
+        preference={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     )
 )
 

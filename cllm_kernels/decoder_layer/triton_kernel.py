@@ -1,6 +1,6 @@
-"""decoder_layer on a GPU: torch's matrix products, `block_attention`, and what stands between them
-in three Triton kernels instead of some twenty launches of torch's (`triton_low_rank`: a fourth, for
-adapters).
+"""decoder_layer on a GPU, in eight launches where torch needs some forty: the products of few rows
+(`block_linear`; of many torch's own), `block_attention`, and norms and rotary positions in two
+kernels of their own (two more for adapters: `triton_low_rank`, and SwiGLU behind it).
 
 Where a block holds several chains of tokens, attention runs over the same cache for one after the
 other, the verify rows last: each writes its keys and values to the verify rows' slots, over those
@@ -10,14 +10,17 @@ written to their own slots behind that.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 from cllm_kernels.block_attention.triton_kernel import block_attention
+from cllm_kernels.block_linear.triton_kernel import few_rows, silu_mul, takes
 from cllm_kernels.decoder_layer.triton_low_rank import add_low_rank
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
@@ -27,25 +30,19 @@ _GATED_BLOCK = 1024  # elements of a program of `silu_mul_kernel`
 @triton.jit
 def rms_norm_kernel(
     x_ptr,  # [rows, width]
-    add_ptr,  # [rows, width], read where HAS_ADD
     weight_ptr,  # [width]
-    sum_ptr,  # [rows, width], written where HAS_ADD: x + add
-    out_ptr,  # [rows, width], written: the normed sum
+    out_ptr,  # [rows, width], written
     width,
     eps,
-    HAS_ADD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     real = column < width
     kind = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + row + column, mask=real, other=0.0).to(tl.float32)
-    if HAS_ADD:
-        x += tl.load(add_ptr + row + column, mask=real, other=0.0).to(tl.float32)
-        x = x.to(kind)
-        tl.store(sum_ptr + row + column, x, mask=real)
-        x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
     normed = (x * scale).to(kind).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
@@ -67,7 +64,9 @@ def rotary_kernel(
     HALF: tl.constexpr,  # D / 2
     BLOCK: tl.constexpr,  # HALF, padded to a power of two
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK)
@@ -108,14 +107,15 @@ def silu_mul_kernel(
     up_ptr,  # [count]
     count,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = place < count
     kind = gate_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + place, mask=real, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + place, mask=real, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(gate_ptr + place, (silu * up).to(kind), mask=real)
+    tl.store(gate_ptr + place, silu_mul(gate, up, kind), mask=real)
 
 
 def norm_shape(width: int) -> dict[str, int]:
@@ -128,21 +128,14 @@ def rms_norm(
     x: Tensor,  # [B, n, H] contiguous
     weight: Tensor,  # [H]
     eps: float,
-    add: Tensor | None = None,  # [B, n, H] contiguous
-) -> tuple[Tensor, Tensor]:
-    """(x + add, the norm of that), both [B, n, H]; without `add`, (x, the norm of x)."""
+) -> Tensor:
+    """[B, n, H]."""
     out = torch.empty_like(x)
-    summed = x if add is None else torch.empty_like(x)
     width = x.shape[-1]
     rms_norm_kernel[(x.numel() // width,)](
-        *(x, x if add is None else add, weight, summed, out),
-        width,
-        float(eps),
-        HAS_ADD=add is not None,
-        **norm_shape(width),
-        **FUSION,
+        *(x, weight, out), width, float(eps), **norm_shape(width), **chained(x), **FUSION
     )
-    return summed, out
+    return out
 
 
 def turn(
@@ -164,15 +157,16 @@ def turn(
         BLOCK=triton.next_power_of_2(half),
         HAS_NORM=has_norm,
         num_warps=1,
+        **chained(q),
         **FUSION,
     )
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in the place of `gate`."""
     count = gate.numel()
     silu_mul_kernel[(triton.cdiv(count, _GATED_BLOCK),)](
-        gate, up, count, BLOCK=_GATED_BLOCK, num_warps=4, **FUSION
+        gate, up, count, BLOCK=_GATED_BLOCK, num_warps=4, **chained(gate), **FUSION
     )
     return gate
 
@@ -207,15 +201,32 @@ def decoder_layer(
     chains = [(0, guesses_from)] if guesses_from else []
     chains += [(start, min(n, start + (guess_width or n))) for start in starts]
 
-    def project(indices: tuple[int, ...], x: Tensor) -> list[Tensor]:
-        """The linear layers of `indices` on the same x [B, n, width]."""
-        outs = [linear(x, weights.linears[i], weights.biases[i]) for i in indices]
-        if gated_from < n:
+    gated = gated_from < n and any(pair is not None for pair in weights.low_rank)
+
+    def few(indices: tuple[int, ...], x: Tensor) -> bool:
+        """Whether one launch can take the linear layers of `indices` on x."""
+        biases = [weights.biases[i] is not None for i in indices]
+        return takes(x, [weights.linears[i] for i in indices]) and len(set(biases)) == 1
+
+    def project(indices: tuple[int, ...], x: Tensor, **last: Any) -> list[Tensor]:
+        """The linear layers of `indices` on the same x [B, n, width]; `last` as in `few_rows`."""
+        layers = [weights.linears[i] for i in indices], [weights.biases[i] for i in indices]
+        if few(indices, x):
+            outs = few_rows(x, *layers, **last)
+        else:
+            outs = [linear(x, *layer) for layer in zip(*layers, strict=True)]
+        if gated:
             add_low_rank(outs, [weights.low_rank[i] for i in indices], x, gated_from)
         return outs
 
+    def added(index: int, x: Tensor, h: Tensor) -> Tensor:
+        """h + the linear layer on x, both [B, n, H] or x [B, n, width]."""
+        if not gated and few((index,), x):
+            return project((index,), x, add=h)[0]
+        return h + project((index,), x)[0]
+
     with device_of(hidden):
-        _, x = rms_norm(hidden, weights.attention_norm, eps)
+        x = rms_norm(hidden, weights.attention_norm, eps)
         q, k, v = project((0, 1, 2), x)
         turn(q, k, cos, sin, weights, eps)
         q, k, v = (part.unflatten(2, (-1, weights.head_size)).transpose(1, 2) for part in (q, k, v))
@@ -238,8 +249,10 @@ def decoder_layer(
             for cache, block in ((k_cache, k), (v_cache, v)):
                 append(cache, block[:, :, guesses_from:], lengths + guesses_from)
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)
-        (attended,) = project((3,), mixed.flatten(2))
-        h, x = rms_norm(hidden, weights.mlp_norm, eps, add=attended)
-        gate, up = project((4, 5), x)
-        (down,) = project((6,), silu_mul(gate, up))
-        return h + down
+        h = added(3, mixed.flatten(2), hidden)
+        x = rms_norm(h, weights.mlp_norm, eps)
+        if not gated and few((4, 5), x):
+            (inner,) = project((4, 5), x, swiglu=True)
+        else:
+            inner = swiglu(*project((4, 5), x))
+        return added(6, inner, h)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION
+from cllm_kernels._triton import FUSION, await_inputs, chained
 
 LowRank = tuple[Tensor, Tensor]
 
@@ -45,7 +45,9 @@ def low_rank_tiles_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     RANK: tl.constexpr,  # the largest, padded to a power of two
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     a_ptr, b_ptr, out_ptr, rows, rank, begin = a0_ptr, b0_ptr, out0_ptr, rows0, rank0, 0
@@ -141,5 +143,6 @@ def add_low_rank(
         width,
         COUNT=len(there),
         **shape,
+        **chained(x),
         **FUSION,
     )

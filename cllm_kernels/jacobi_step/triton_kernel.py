@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
 
 @triton.jit
@@ -31,7 +31,9 @@ def jacobi_step_kernel(
     ACCEPT_ONE: tl.constexpr,
     HAS_FILL: tl.constexpr,
     SLOTS: tl.constexpr,  # n, padded to a power of two
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, SLOTS)
     real = i < n
@@ -143,6 +145,7 @@ def jacobi_step(
             HAS_FILL=fill is not None,
             SLOTS=triton.next_power_of_2(n),
             num_warps=1 if n <= 256 else 4,
+            **chained(window),
             **FUSION,
         )
     return accepted

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, better, device_of, tanh, tile_argmax
+from cllm_kernels._triton import FUSION, await_inputs, better, chained, device_of, tanh, tile_argmax
 from cllm_kernels.gumbel_noise.arguments import check_row_ids
 from cllm_kernels.gumbel_noise.triton_kernel import gumbel_tile
 
@@ -43,7 +43,9 @@ def linear_argmax_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     # Programs that share a tile of the weight are neighbours, so it is read from memory once.
     tile = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_M
@@ -103,7 +105,9 @@ def linear_argmax_reduce_kernel(
     value_ptr,  # [rows] float32, written
     tiles,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([1], float("-inf"), tl.float32)
     best_index = tl.full([1], _NONE, tl.int32)
@@ -208,9 +212,14 @@ def linear_argmax(
             HAS_CAP=softcap is not None,
             HAS_NOISE=seed is not None,
             **shape,
+            **chained(hidden),
             **FUSION,
         )
         linear_argmax_reduce_kernel[(rows,)](
-            tile_value, tile_index, index, value, tiles, BLOCK=256, num_warps=4, **FUSION
+            *(tile_value, tile_index, index, value, tiles),
+            BLOCK=256,
+            num_warps=4,
+            **chained(hidden),
+            **FUSION,
         )
     return index, value

@@ -12,12 +12,12 @@ from torch.nn.functional import linear
 
 import cllm_kernels
 from cllm_kernels.block_linear import OP
-from tests.kernels.backends import everywhere, running
+from tests.kernels.backends import everywhere, running, slow_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, width, columns, rank): one of each, whole vectors and rests, several groups and tiles
 SHAPES = [(1, 1, 1, 1), (2, 33, 7, 3), (5, 64, 60, 32), (7, 100, 61, 8), (13, 576, 192, 24)]
-SHAPES += [(37, 40, 250, 5), (6, 1536, 64, 40)]
+SHAPES += [(37, 40, 250, 5), (6, 1536, 64, 40), (64, 1040, 48, 8)]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -58,6 +58,8 @@ def check(found, wanted, terms):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_fp64(backend, device, shape, dtype):
+    if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 tl.dot wrongly")
     rows, width, _, rank = shape
     given = make(*shape, dtype, device)
     low_rank = given.pop("low_rank")

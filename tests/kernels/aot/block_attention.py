@@ -46,6 +46,7 @@ def variants():
                 "SPLIT": True,
                 "ALIGNED": aligned,
                 "APPEND_ROWS": _APPEND_ROWS,
+                "PDL": False,
             }
             # compile_triton.py takes "tiles" at its word, and hides the alignment from those
             kind = "hinted" if aligned else "tiles"
@@ -63,6 +64,6 @@ def variants():
         "block_attention combine",
         block_attention_combine_kernel,
         types,
-        {"D": 256, "D_PAD": 256, "HAS_WINDOW": True, "BLOCK_R": shape["BLOCK_R"]},
+        {"D": 256, "D_PAD": 256, "HAS_WINDOW": True, "BLOCK_R": shape["BLOCK_R"], "PDL": False},
         {"num_warps": shape["num_warps"], **FUSION},
     )

@@ -17,18 +17,17 @@ from tests.kernels.aot import FLOATS
 
 def variants():
     for short, dtype in FLOATS.items():
-        names = ("x_ptr", "add_ptr", "weight_ptr", "sum_ptr", "out_ptr")
+        names = ("x_ptr", "weight_ptr", "out_ptr")
         types = dict.fromkeys(names, f"*{short}") | {"eps": "fp32"}
         for width in (576, 4096):
             options = dict(norm_shape(width))
-            for has_add in (False, True):
-                yield (
-                    f"decoder_layer norm {short} H={width} add={has_add}",
-                    rms_norm_kernel,
-                    types,
-                    {"HAS_ADD": has_add, "BLOCK": options["BLOCK"]},
-                    {"num_warps": options["num_warps"], **FUSION},
-                )
+            yield (
+                f"decoder_layer norm {short} H={width}",
+                rms_norm_kernel,
+                types,
+                {"BLOCK": options["BLOCK"], "PDL": False},
+                {"num_warps": options["num_warps"], **FUSION},
+            )
         names = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr")
         types = dict.fromkeys(names, f"*{short}") | {"eps": "fp32"}
         for has_norm in (False, True):
@@ -36,14 +35,14 @@ def variants():
                 f"decoder_layer rotary {short} norm={has_norm}",
                 rotary_kernel,
                 types,
-                {"HALF": 32, "BLOCK": 32, "HAS_NORM": has_norm},
+                {"HALF": 32, "BLOCK": 32, "HAS_NORM": has_norm, "PDL": False},
                 {"num_warps": 1, **FUSION},
             )
         yield (
             f"decoder_layer silu_mul {short}",
             silu_mul_kernel,
             {"gate_ptr": f"*{short}", "up_ptr": f"*{short}"},
-            {"BLOCK": 1024},
+            {"BLOCK": 1024, "PDL": False},
             {"num_warps": 4, **FUSION},
         )
         names = ("x_ptr", *(f"{name}{i}_ptr" for name in ("a", "b", "out") for i in range(3)))
@@ -55,6 +54,6 @@ def variants():
                 f"decoder_layer low_rank tiles {short} layers={count} tokens={tokens} rank={rank}",
                 low_rank_tiles_kernel,
                 types,
-                {"COUNT": count, **options},
+                {"COUNT": count, "PDL": False, **options},
                 {**launch, **FUSION},
             )

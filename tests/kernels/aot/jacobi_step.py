@@ -8,7 +8,7 @@ def variants():
     types = {name: "*i64" for name in jacobi_step_kernel.arg_names if name.endswith("_ptr")}
     types["done_ptr"] = "*u8"
     for block_mode, slots in ((False, 16), (True, 16), (True, 1024)):
-        constants = {"BLOCK_MODE": block_mode, "ACCEPT_ONE": False, "HAS_FILL": True}
+        constants = {"BLOCK_MODE": block_mode, "ACCEPT_ONE": False, "HAS_FILL": True, "PDL": False}
         yield (
             f"jacobi_step block={block_mode} slots={slots}",
             jacobi_step_kernel,

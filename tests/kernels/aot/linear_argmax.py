@@ -37,7 +37,7 @@ def variants():
             f"linear_argmax {'tiles' if noisy else 'large'} {short} rows={rows} noise={noisy}",
             linear_argmax_tiles_kernel,
             types,
-            {"HAS_BIAS": True, "HAS_CAP": True, "HAS_NOISE": noisy, **tiles},
+            {"HAS_BIAS": True, "HAS_CAP": True, "HAS_NOISE": noisy, "PDL": False, **tiles},
             {**launch, **FUSION},
         )
     types = {
@@ -50,6 +50,6 @@ def variants():
         "linear_argmax reduce",
         linear_argmax_reduce_kernel,
         types,
-        {"BLOCK": 256},
+        {"BLOCK": 256, "PDL": False},
         {"num_warps": 4, **FUSION},
     )

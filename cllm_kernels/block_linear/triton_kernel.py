@@ -1,0 +1,260 @@
+"""block_linear on a GPU: up to three linear layers of the same few rows in one launch.
+
+A product of few rows is the time in which its weight is read. So a launch reads the weights of all
+layers that take the same input, each once, and does in its last step what would read the result
+again: the bias, SwiGLU, the residual. On Hopper and later its first step runs while the kernel
+before it ends: it asks for the beginning of its weights, which depend on nobody
+(`_triton.chained`).
+
+A row's sums are made in the same order beside any other rows of its tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
+
+MOST_ROWS = 64  # above, torch's own product
+_LANES = 128  # pieces that a tile's first bytes are asked for in
+
+
+@triton.jit
+def ask_for_weights(
+    weight_ptr,  # [columns, width]
+    first_column,
+    columns,
+    width,
+    BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,  # elements of every row of the tile, a multiple of 8 * LANES / BLOCK_N
+    LANES: tl.constexpr,
+):
+    """Has the first elements of a tile's rows brought to L2, without waiting for them."""
+    lane = tl.arange(0, LANES)
+    parts: tl.constexpr = LANES // BLOCK_N
+    size: tl.constexpr = AHEAD // parts
+    row = tl.minimum(first_column + lane // parts, columns - 1).to(tl.int64)
+    place = weight_ptr + row * width + (lane % parts) * size
+    # bytes: the elements have two each
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [place, tl.full([LANES], 2 * size, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def silu_mul(gate, up, kind: tl.constexpr):
+    """silu(gate) * up of fp32 tensors that hold values of `kind`, rounded as torch's modules do."""
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    return (silu * up).to(kind)
+
+
+@triton.jit
+def block_linear_tiles_kernel(
+    x_ptr,  # [rows, width]
+    weight0_ptr,  # [columns0, width]; of absent layers those of the first, as in all that follows
+    weight1_ptr,  # [columns1, width]
+    weight2_ptr,  # [columns2, width]
+    bias0_ptr,  # [columns0], read where HAS_BIAS
+    bias1_ptr,  # [columns1]
+    bias2_ptr,  # [columns2]
+    add_ptr,  # [rows, columns0], read where HAS_ADD
+    out0_ptr,  # [rows, columns0], written
+    out1_ptr,  # [rows, columns1], written
+    out2_ptr,  # [rows, columns2], written
+    rows,
+    width,
+    columns0,
+    columns1,
+    columns2,
+    end0,  # tiles of columns up to and with those of output 0, of output 1
+    end1,
+    COUNT: tl.constexpr,  # outputs, 1 to 3
+    SWIGLU: tl.constexpr,  # the output is silu(layer 0) * layer 1
+    HAS_BIAS: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    EVEN_N: tl.constexpr,  # columns are multiples of BLOCK_N
+    EVEN_K: tl.constexpr,  # width is a multiple of BLOCK_K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,  # see `ask_for_weights`; 0: none
+    PDL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    # Programs that share a tile of a weight are neighbours, so it comes from memory once.
+    tile = tl.program_id(1)
+    weight_ptr, bias_ptr, out_ptr, columns, begin = weight0_ptr, bias0_ptr, out0_ptr, columns0, 0
+    if (COUNT > 1) & (tile >= end0):
+        weight_ptr, bias_ptr, out_ptr = weight1_ptr, bias1_ptr, out1_ptr
+        columns, begin = columns1, end0
+    if (COUNT > 2) & (tile >= end1):
+        weight_ptr, bias_ptr, out_ptr = weight2_ptr, bias2_ptr, out2_ptr
+        columns, begin = columns2, end1
+    first_column = (tile - begin) * BLOCK_N
+    if AHEAD > 0:
+        ask_for_weights(weight_ptr, first_column, columns, width, BLOCK_N, AHEAD, LANES)
+        if SWIGLU:
+            ask_for_weights(weight1_ptr, first_column, columns, width, BLOCK_N, AHEAD, LANES)
+    await_inputs(PDL)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = first_column + tl.arange(0, BLOCK_N)
+    real_row = row < rows
+    real_column = column < columns
+    # One number of 64 bits for the tile; inside it 32 bits reach anywhere.
+    x_offset = row[:, None] * width
+    weight_offset = tl.arange(0, BLOCK_N)[None, :] * width
+    weight_tile = weight_ptr + first_column.to(tl.int64) * width
+    other_tile = weight1_ptr + first_column.to(tl.int64) * width
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        feature = start + tl.arange(0, BLOCK_K)
+        x_mask = real_row[:, None]
+        weight_mask = real_column[None, :]
+        if not EVEN_K:
+            x_mask = x_mask & (feature < width)[None, :]
+            weight_mask = weight_mask & (feature < width)[:, None]
+        x = tl.load(x_ptr + x_offset + feature[None, :], mask=x_mask, other=0.0)
+        weight_place = weight_tile + weight_offset + feature[:, None]
+        if EVEN_N and EVEN_K:
+            weight = tl.load(weight_place)
+        else:
+            weight = tl.load(weight_place, mask=weight_mask, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        if SWIGLU:
+            other_place = other_tile + weight_offset + feature[:, None]
+            if EVEN_N and EVEN_K:
+                weight = tl.load(other_place)
+            else:
+                weight = tl.load(other_place, mask=weight_mask, other=0.0)
+            other = tl.dot(x, weight, other, input_precision="ieee")
+    kind = out0_ptr.dtype.element_ty
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)[None, :]
+        if SWIGLU:
+            bias = tl.load(bias1_ptr + column, mask=real_column, other=0.0)
+            other += bias.to(tl.float32)[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    stored = real_row[:, None] & real_column[None, :]
+    out = acc.to(kind)
+    if SWIGLU:
+        out = silu_mul(out.to(tl.float32), other.to(kind).to(tl.float32), kind)
+    if HAS_ADD:
+        add = tl.load(add_ptr + place, mask=stored, other=0.0)
+        out = (add.to(tl.float32) + out.to(tl.float32)).to(kind)
+    tl.store(out_ptr + place, out, mask=stored)
+
+
+def tile_shape(rows: int, columns: int, width: int, swiglu: bool = False) -> dict[str, int]:
+    """Tile sizes and launch options for so many rows, and columns in all, and inputs."""
+    return {
+        "BLOCK_M": 16 if rows <= 16 else 32,
+        "BLOCK_N": 16 if swiglu or columns <= 1024 else 32,
+        "BLOCK_K": 128,
+        "num_warps": 4,
+        "num_stages": 5,
+    }
+
+
+def ahead_of(width: int, block_n: int) -> int:
+    """Elements of each row of a tile that are asked for before its inputs are there; 0: none."""
+    step = 8 * _LANES // block_n  # so that every lane has a multiple of 16 bytes
+    return min(1024, width) // step * step
+
+
+def takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel is made for this: few rows of 16 bits; weights in one piece, whose rows
+    are whole vectors."""
+    width = x.shape[-1]
+    return (
+        x.dtype != torch.float32
+        and width > 0
+        and width % 16 == 0
+        and 0 < x.numel() <= MOST_ROWS * width
+        and all(
+            weight.is_contiguous() and weight.data_ptr() % 16 == 0 and weight.shape[0] > 0
+            for weight in weights
+        )
+    )
+
+
+def few_rows(
+    x: Tensor,  # [..., width] contiguous, at most MOST_ROWS rows of 16 bits
+    weights: Sequence[Tensor],  # one to three [columns, width], contiguous
+    biases: Sequence[Tensor | None],  # [columns] each, all or none
+    *,
+    swiglu: bool = False,
+    add: Tensor | None = None,  # [..., columns] contiguous, of a single layer
+) -> list[Tensor]:
+    """[..., columns] of every layer; with `swiglu`, of two of them silu(the first) * the second
+    alone; with `add`, that and the layer."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    columns = [weight.shape[0] for weight in weights]
+    outs = [x.new_empty((*x.shape[:-1], size)) for size in (columns[:1] if swiglu else columns)]
+    has_bias = biases[0] is not None
+    shape = tile_shape(rows, sum(columns), width, swiglu)
+    block_n, block_k = shape["BLOCK_N"], shape["BLOCK_K"]
+    ends: list[int] = []
+    for size in columns[: len(outs)]:
+        ends.append(triton.cdiv(size, block_n) + (ends[-1] if ends else 0))
+    chain = chained(x)
+
+    def padded(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        first = x if tensors[0] is None else tensors[0]
+        return [first if t is None else t for t in (*tensors, *[None] * (3 - len(tensors)))]
+
+    with device_of(x):
+        block_linear_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), ends[-1])](
+            x,
+            *padded(weights),
+            *padded(biases),
+            x if add is None else add,
+            *padded(outs),
+            rows,
+            width,
+            *(columns + [columns[0]] * (3 - len(columns))),
+            ends[0],
+            ends[min(1, len(ends) - 1)],
+            COUNT=len(outs),
+            SWIGLU=swiglu,
+            HAS_BIAS=has_bias,
+            HAS_ADD=add is not None,
+            EVEN_N=all(size % block_n == 0 for size in columns),
+            EVEN_K=width % block_k == 0,
+            AHEAD=ahead_of(width, block_n) if chain["PDL"] else 0,
+            LANES=_LANES,
+            **chain,
+            **shape,
+            **FUSION,
+        )
+    return outs
+
+
+def block_linear(
+    x: Tensor,  # [..., H]
+    weight: Tensor,  # [N, H]
+    bias: Tensor | None,  # [N]
+    a: Tensor | None,  # [R, H]
+    b: Tensor | None,  # [N, R]
+    gated_from: int,
+) -> Tensor:
+    """[..., N] of x's dtype; what the kernel is not made for goes to torch's product."""
+    if takes(x, [weight]):
+        (out,) = few_rows(x.contiguous(), [weight], [bias])
+    else:
+        out = linear(x, weight, bias)
+    if a is not None and b is not None:
+        out[..., gated_from:, :] += linear(linear(x[..., gated_from:, :], a), b)
+    return out

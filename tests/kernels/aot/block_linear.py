@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from cllm_kernels._triton import FUSION
+from cllm_kernels.block_linear.triton_kernel import (
+    _LANES,
+    ahead_of,
+    block_linear_tiles_kernel,
+    tile_shape,
+)
+from tests.kernels.aot import FLOATS
+
+POINTERS = [name for name in block_linear_tiles_kernel.arg_names if name.endswith("_ptr")]
+# (outputs, swiglu, bias, add)
+KINDS = [(1, False, False, True), (3, False, True, False), (1, True, False, False)]
+
+
+def variants():
+    for short in FLOATS:
+        if short == "fp32":
+            continue
+        for count, swiglu, bias, add in KINDS:
+            for rows, width, even in ((1, 4096, True), (32, 576, False)):
+                shape = tile_shape(rows, 4096, width, swiglu)
+                launch = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
+                for early in (False, True):
+                    kind = f"outputs={count} swiglu={swiglu} rows={rows} early={early}"
+                    yield (
+                        f"block_linear tiles {short} {kind}",
+                        block_linear_tiles_kernel,
+                        {name: f"*{short}" for name in POINTERS},
+                        {
+                            "COUNT": count,
+                            "SWIGLU": swiglu,
+                            "HAS_BIAS": bias,
+                            "HAS_ADD": add,
+                            "EVEN_N": even,
+                            "EVEN_K": even,
+                            "AHEAD": ahead_of(width, shape["BLOCK_N"]) if early else 0,
+                            "PDL": early,
+                            "LANES": _LANES,
+                            **shape,
+                        },
+                        {**launch, **FUSION},
+                    )
