@@ -60,6 +60,15 @@ def silu_mul(gate, up, kind: tl.constexpr):
 
 
 @triton.jit
+def turned(low, high, cos_low, cos_high, sin_low, sin_high, kind: tl.constexpr):
+    """The two halves of heads at their positions; fp32 tensors that hold values of `kind`."""
+    # each product is rounded before the sum, as torch's are
+    new_low = (low * cos_low).to(kind).to(tl.float32) - (high * sin_low).to(kind).to(tl.float32)
+    new_high = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(tl.float32)
+    return new_low.to(kind), new_high.to(kind)
+
+
+@triton.jit
 def block_linear_tiles_kernel(
     x_ptr,  # [rows, width]
     weight0_ptr,  # [columns0, width]; of absent layers those of the first, as in all that follows
@@ -69,6 +78,8 @@ def block_linear_tiles_kernel(
     bias1_ptr,  # [columns1]
     bias2_ptr,  # [columns2]
     add_ptr,  # [rows, columns0], read where HAS_ADD
+    cos_ptr,  # [places, 2 * HALF], read where HALF
+    sin_ptr,  # [places, 2 * HALF]
     out0_ptr,  # [rows, columns0], written
     out1_ptr,  # [rows, columns1], written
     out2_ptr,  # [rows, columns2], written
@@ -79,8 +90,10 @@ def block_linear_tiles_kernel(
     columns2,
     end0,  # tiles of columns up to and with those of output 0, of output 1
     end1,
+    places,  # rows of cos and sin: row r of x stands at place r % places
     COUNT: tl.constexpr,  # outputs, 1 to 3
     SWIGLU: tl.constexpr,  # the output is silu(layer 0) * layer 1
+    HALF: tl.constexpr,  # of the size of a head, where outputs 0 and 1 are to be turned; else 0
     HAS_BIAS: tl.constexpr,
     HAS_ADD: tl.constexpr,
     EVEN_N: tl.constexpr,  # columns are multiples of BLOCK_N
@@ -101,11 +114,18 @@ def block_linear_tiles_kernel(
     if (COUNT > 2) & (tile >= end1):
         weight_ptr, bias_ptr, out_ptr = weight2_ptr, bias2_ptr, out2_ptr
         columns, begin = columns2, end1
+    # Where two columns make one result, a program has a tile of the one and a tile of the other:
+    # of gate and up the same columns, of a head as many of its upper half as of its lower.
+    PAIRED: tl.constexpr = SWIGLU or HALF > 0
     first_column = (tile - begin) * BLOCK_N
+    other_ptr, other_column = weight1_ptr, first_column
+    if HALF > 0:
+        first_column += (tile - begin) // (HALF // BLOCK_N) * HALF
+        other_ptr, other_column = weight_ptr, first_column + HALF
     if AHEAD > 0:
         ask_for_weights(weight_ptr, first_column, columns, width, BLOCK_N, AHEAD, LANES)
-        if SWIGLU:
-            ask_for_weights(weight1_ptr, first_column, columns, width, BLOCK_N, AHEAD, LANES)
+        if PAIRED:
+            ask_for_weights(other_ptr, other_column, columns, width, BLOCK_N, AHEAD, LANES)
     await_inputs(PDL)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -115,7 +135,7 @@ def block_linear_tiles_kernel(
     x_offset = row[:, None] * width
     weight_offset = tl.arange(0, BLOCK_N)[None, :] * width
     weight_tile = weight_ptr + first_column.to(tl.int64) * width
-    other_tile = weight1_ptr + first_column.to(tl.int64) * width
+    other_tile = other_ptr + other_column.to(tl.int64) * width
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):
@@ -132,7 +152,7 @@ def block_linear_tiles_kernel(
         else:
             weight = tl.load(weight_place, mask=weight_mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision="ieee")
-        if SWIGLU:
+        if PAIRED:
             other_place = other_tile + weight_offset + feature[:, None]
             if EVEN_N and EVEN_K:
                 weight = tl.load(other_place)
@@ -142,25 +162,43 @@ def block_linear_tiles_kernel(
     kind = out0_ptr.dtype.element_ty
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)[None, :]
-        if SWIGLU:
-            bias = tl.load(bias1_ptr + column, mask=real_column, other=0.0)
+        if PAIRED:
+            other_bias_ptr = bias1_ptr if SWIGLU else bias_ptr + HALF
+            bias = tl.load(other_bias_ptr + column, mask=real_column, other=0.0)
             other += bias.to(tl.float32)[None, :]
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
     stored = real_row[:, None] & real_column[None, :]
-    out = acc.to(kind)
+    out, second = acc.to(kind), other.to(kind)
     if SWIGLU:
-        out = silu_mul(out.to(tl.float32), other.to(kind).to(tl.float32), kind)
+        out = silu_mul(out.to(tl.float32), second.to(tl.float32), kind)
     if HAS_ADD:
         add = tl.load(add_ptr + place, mask=stored, other=0.0)
         out = (add.to(tl.float32) + out.to(tl.float32)).to(kind)
+    if HALF > 0:
+        if tile < end1:
+            angle = (row % places)[:, None] * (2 * HALF) + (column % (2 * HALF))[None, :]
+            cos_low = tl.load(cos_ptr + angle, mask=stored, other=0.0).to(tl.float32)
+            cos_high = tl.load(cos_ptr + angle + HALF, mask=stored, other=0.0).to(tl.float32)
+            sin_low = tl.load(sin_ptr + angle, mask=stored, other=0.0).to(tl.float32)
+            sin_high = tl.load(sin_ptr + angle + HALF, mask=stored, other=0.0).to(tl.float32)
+            out, second = turned(
+                out.to(tl.float32),
+                second.to(tl.float32),
+                cos_low,
+                cos_high,
+                sin_low,
+                sin_high,
+                kind,
+            )
+        tl.store(out_ptr + place + HALF, second, mask=stored)
     tl.store(out_ptr + place, out, mask=stored)
 
 
-def tile_shape(rows: int, columns: int, width: int, swiglu: bool = False) -> dict[str, int]:
+def tile_shape(rows: int, columns: int, width: int, paired: bool = False) -> dict[str, int]:
     """Tile sizes and launch options for so many rows, and columns in all, and inputs."""
     return {
         "BLOCK_M": 16 if rows <= 16 else 32,
-        "BLOCK_N": 16 if swiglu or columns <= 1024 else 32,
+        "BLOCK_N": 16 if paired or columns <= 1024 else 32,
         "BLOCK_K": 128,
         "num_warps": 4,
         "num_stages": 5,
@@ -189,6 +227,14 @@ def takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
+def turns(rows: int, columns: int, width: int, head_size: int) -> bool:
+    """Whether `few_rows` can turn heads of this size: a half of one is whole tiles."""
+    return (
+        head_size % 2 == 0
+        and (head_size // 2) % tile_shape(rows, columns, width, True)["BLOCK_N"] == 0
+    )
+
+
 def few_rows(
     x: Tensor,  # [..., width] contiguous, at most MOST_ROWS rows of 16 bits
     weights: Sequence[Tensor],  # one to three [columns, width], contiguous
@@ -196,19 +242,23 @@ def few_rows(
     *,
     swiglu: bool = False,
     add: Tensor | None = None,  # [..., columns] contiguous, of a single layer
+    turn: tuple[Tensor, Tensor] | None = None,  # cos and sin, each [B or 1, n, D] contiguous
 ) -> list[Tensor]:
     """[..., columns] of every layer; with `swiglu`, of two of them silu(the first) * the second
-    alone; with `add`, that and the layer."""
+    alone; with `add`, that and the layer; with `turn`, of x [B, n, width], the first two of three
+    with their heads turned, see `turns`."""
     width = x.shape[-1]
     rows = x.numel() // width
     columns = [weight.shape[0] for weight in weights]
     outs = [x.new_empty((*x.shape[:-1], size)) for size in (columns[:1] if swiglu else columns)]
     has_bias = biases[0] is not None
-    shape = tile_shape(rows, sum(columns), width, swiglu)
+    half = 0 if turn is None else turn[0].shape[-1] // 2
+    shape = tile_shape(rows, sum(columns), width, swiglu or half > 0)
     block_n, block_k = shape["BLOCK_N"], shape["BLOCK_K"]
     ends: list[int] = []
     for size in columns[: len(outs)]:
-        ends.append(triton.cdiv(size, block_n) + (ends[-1] if ends else 0))
+        tiles = triton.cdiv(size // 2 if half else size, block_n)
+        ends.append(tiles + (ends[-1] if ends else 0))
     chain = chained(x)
 
     def padded(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -221,14 +271,17 @@ def few_rows(
             *padded(weights),
             *padded(biases),
             x if add is None else add,
+            *((x, x) if turn is None else turn),
             *padded(outs),
             rows,
             width,
             *(columns + [columns[0]] * (3 - len(columns))),
             ends[0],
             ends[min(1, len(ends) - 1)],
+            1 if turn is None else turn[0].shape[0] * turn[0].shape[1],
             COUNT=len(outs),
             SWIGLU=swiglu,
+            HALF=half,
             HAS_BIAS=has_bias,
             HAS_ADD=add is not None,
             EVEN_N=all(size % block_n == 0 for size in columns),

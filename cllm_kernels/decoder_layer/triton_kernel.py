@@ -1,6 +1,7 @@
-"""decoder_layer on a GPU, in eight launches where torch needs some forty: the products of few rows
-(`block_linear`; of many torch's own), `block_attention`, and norms and rotary positions in two
-kernels of their own (two more for adapters: `triton_low_rank`, and SwiGLU behind it).
+"""decoder_layer on a GPU, in seven launches where torch needs some forty: four for the products of
+few rows (`block_linear`, which turns heads, adds residuals and does SwiGLU as well), two norms, and
+`block_attention`. Where rows are many, heads have norms or an adapter changes what the products
+give, products and the steps behind them are launches of their own.
 
 Where a block holds several chains of tokens, attention runs over the same cache for one after the
 other, the verify rows last: each writes its keys and values to the verify rows' slots, over those
@@ -20,7 +21,13 @@ from torch.nn.functional import linear
 
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 from cllm_kernels.block_attention.triton_kernel import block_attention
-from cllm_kernels.block_linear.triton_kernel import few_rows, silu_mul, takes
+from cllm_kernels.block_linear.triton_kernel import (
+    few_rows,
+    silu_mul,
+    takes,
+    turned,
+    turns,
+)
 from cllm_kernels.decoder_layer.triton_low_rank import add_low_rank
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 
@@ -92,13 +99,9 @@ def rotary_kernel(
     cos_high = tl.load(cos_ptr + place + HALF + column, mask=real, other=0.0).to(tl.float32)
     sin_low = tl.load(sin_ptr + place + column, mask=real, other=0.0).to(tl.float32)
     sin_high = tl.load(sin_ptr + place + HALF + column, mask=real, other=0.0).to(tl.float32)
-    # each product is rounded before the sum, as torch's are
-    turned_low = (low * cos_low).to(kind).to(tl.float32) - (high * sin_low).to(kind).to(tl.float32)
-    turned_high = (high * cos_high).to(kind).to(tl.float32) + (low * sin_high).to(kind).to(
-        tl.float32
-    )
-    tl.store(base + column, turned_low.to(kind), mask=real)
-    tl.store(base + HALF + column, turned_high.to(kind), mask=real)
+    new_low, new_high = turned(low, high, cos_low, cos_high, sin_low, sin_high, kind)
+    tl.store(base + column, new_low, mask=real)
+    tl.store(base + HALF + column, new_high, mask=real)
 
 
 @triton.jit
@@ -160,6 +163,13 @@ def turn(
         **chained(q),
         **FUSION,
     )
+
+
+def turns_at_once(weights: DecoderWeights, x: Tensor) -> bool:
+    """Whether the launch that makes q, k and v of x [B, n, H] can turn them, too."""
+    heads = weights.heads + 2 * weights.kv_heads
+    rows, width, size = x.shape[0] * x.shape[1], x.shape[2], weights.head_size
+    return weights.query_norm is None and turns(rows, heads * size, width, size)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -227,8 +237,11 @@ def decoder_layer(
 
     with device_of(hidden):
         x = rms_norm(hidden, weights.attention_norm, eps)
-        q, k, v = project((0, 1, 2), x)
-        turn(q, k, cos, sin, weights, eps)
+        if not gated and few((0, 1, 2), x) and turns_at_once(weights, x):
+            q, k, v = project((0, 1, 2), x, turn=(cos, sin))
+        else:
+            q, k, v = project((0, 1, 2), x)
+            turn(q, k, cos, sin, weights, eps)
         q, k, v = (part.unflatten(2, (-1, weights.head_size)).transpose(1, 2) for part in (q, k, v))
         parts = [
             block_attention(

@@ -81,6 +81,32 @@ def test_last_steps(backend, device, dtype, rows, shape):
 
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 1, 64), (2, 2, 32), (4, 1, 128)])
+def test_turned_heads(backend, device, dtype, heads, kv_heads, size):
+    module = kernel(backend, device, dtype)
+    columns = (heads * size, kv_heads * size, kv_heads * size)
+    x, weights, biases = tensors(device, dtype, 10, 96, columns)
+    x = x.view(2, 5, 96)
+    assert module.turns(10, sum(columns), 96, size)
+    generator = torch.Generator().manual_seed(1)
+    for batch in (1, 2):
+        angles = [torch.randn(batch, 5, size, generator=generator) for _ in range(2)]
+        cos, sin = (angle.to(device, dtype) for angle in angles)
+        with running(OP, backend, device):
+            plain = module.few_rows(x, weights, biases)
+            found = module.few_rows(x, weights, biases, turn=(cos, sin))
+        assert torch.equal(found[2], plain[2])
+        for one, other in zip(found[:2], plain[:2], strict=True):
+            states = other.unflatten(2, (-1, size)).transpose(1, 2)
+            low, high = states.chunk(2, dim=-1)
+            turned = torch.cat([-high, low], dim=-1)
+            wanted = states * cos[:, None] + turned * sin[:, None]
+            assert torch.equal(one, wanted.transpose(1, 2).flatten(2))
+    assert not module.turns(10, sum(columns), 96, 40)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_are_its_own(backend, device, dtype):
     """Beside any other rows, also where they take other tiles."""
     module = kernel(backend, device, dtype)

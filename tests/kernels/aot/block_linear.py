@@ -10,20 +10,21 @@ from cllm_kernels.block_linear.triton_kernel import (
 from tests.kernels.aot import FLOATS
 
 POINTERS = [name for name in block_linear_tiles_kernel.arg_names if name.endswith("_ptr")]
-# (outputs, swiglu, bias, add)
-KINDS = [(1, False, False, True), (3, False, True, False), (1, True, False, False)]
+# (outputs, swiglu, half, bias, add)
+KINDS = [(1, False, 0, False, True), (3, False, 0, True, False), (1, True, 0, False, False)]
+KINDS += [(3, False, 32, False, False)]
 
 
 def variants():
     for short in FLOATS:
         if short == "fp32":
             continue
-        for count, swiglu, bias, add in KINDS:
+        for count, swiglu, half, bias, add in KINDS:
             for rows, width, even in ((1, 4096, True), (32, 576, False)):
-                shape = tile_shape(rows, 4096, width, swiglu)
+                shape = tile_shape(rows, 4096, width, swiglu or half > 0)
                 launch = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
                 for early in (False, True):
-                    kind = f"outputs={count} swiglu={swiglu} rows={rows} early={early}"
+                    kind = f"outputs={count} swiglu={swiglu} half={half} rows={rows} early={early}"
                     yield (
                         f"block_linear tiles {short} {kind}",
                         block_linear_tiles_kernel,
@@ -31,6 +32,7 @@ def variants():
                         {
                             "COUNT": count,
                             "SWIGLU": swiglu,
+                            "HALF": half,
                             "HAS_BIAS": bias,
                             "HAS_ADD": add,
                             "EVEN_N": even,
