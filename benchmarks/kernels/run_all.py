@@ -15,7 +15,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OPS = (
-    *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax"),
+    *("row_argmax", "jacobi_step", "guess_window", "gumbel_noise", "linear_argmax"),
     *("block_attention", "block_linear", "decoder_layer", "linear_consistency_loss"),
 )
 
