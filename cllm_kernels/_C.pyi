@@ -56,6 +56,15 @@ def guess_window_cpu(
     end: int,
     threads: int,
 ) -> None: ...
+def guess_pool_add_cpu(
+    latest: int,
+    stamps: int,
+    window: int,
+    predictions: int,
+    rows: int,
+    n: int,
+    vocabulary: int,
+) -> None: ...
 def row_argmax_cpu(
     logits: int,
     dtype: int,

@@ -27,6 +27,19 @@ inline void bind_guesses(pybind11::module_& module) {
                    pybind11::gil_scoped_release release;
                    guess_window_cpu(guess, threads);
                });
+    module.def("guess_pool_add_cpu",
+               [](uintptr_t latest, uintptr_t stamps, uintptr_t window, uintptr_t predictions,
+                  int64_t rows, int64_t n, int64_t vocabulary) {
+                   const GuessPoolAdd add{reinterpret_cast<int64_t*>(latest),
+                                          reinterpret_cast<int64_t*>(stamps),
+                                          reinterpret_cast<const int64_t*>(window),
+                                          reinterpret_cast<const int64_t*>(predictions),
+                                          rows,
+                                          n,
+                                          vocabulary};
+                   pybind11::gil_scoped_release release;
+                   guess_pool_add_cpu(add);
+               });
 }
 
 }  // namespace cllm

@@ -59,6 +59,18 @@ struct GuessWindow {
 
 void guess_window_cpu(const GuessWindow& guess, int threads);
 
+struct GuessPoolAdd {
+    int64_t* latest;             // [rows, vocabulary], mutated
+    int64_t* stamps;             // [rows], mutated
+    const int64_t* window;       // [rows, n]
+    const int64_t* predictions;  // [rows, n]
+    int64_t rows;
+    int64_t n;
+    int64_t vocabulary;
+};
+
+void guess_pool_add_cpu(const GuessPoolAdd& add);
+
 // Rows are addressed by two strides, so that a slice such as logits[:, -n:, :] needs no copy:
 // row r begins at (r / inner) * outer_stride + (r % inner) * inner_stride, in elements.
 struct Rows {

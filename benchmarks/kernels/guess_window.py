@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, compiled, own_variants
+from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
 from benchmarks.kernels.harness import main
 from cllm_kernels.guess_window import OP, reference
 
@@ -74,26 +74,7 @@ def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
 
 
 def graphed(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
-    """The same calls, captured once and replayed."""
-
-    def build(inputs: Inputs) -> Run:
-        ready = eager(guess)(inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what needs compiling, outside the capture
-            ready.call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            window = ready.call()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return window
-
-        return Run(replay, ready.prepare, calls=CALLS)
-
-    return build
+    return lambda inputs: captured(eager(guess)(inputs))
 
 
 def case(rows: int, n: int, width: int, vocabulary: int, device: torch.device) -> Case:

@@ -150,6 +150,18 @@ def guesses(n: int, width: int) -> None:
     cllm_kernels.guess_window(window, latest, text, generated, starts, longest=4, least=2)
 
 
+def guess_pool_add() -> Iterator[Launch]:
+    for n in (1, 5, 700):
+        yield f"n={n}", lambda n=n: pooled(n)
+
+
+def pooled(n: int) -> None:
+    rows, vocabulary = 3, 53
+    latest = torch.full((rows, vocabulary), -1, device=DEVICE)
+    tokens = [torch.randint(0, vocabulary, (rows, n), device=DEVICE) for _ in range(2)]
+    cllm_kernels.guess_pool_add(latest, torch.tensor([0, 1, 9], device=DEVICE), *tokens)
+
+
 def block_attention() -> Iterator[Launch]:
     for dtype in DTYPES:
         for width in (64, 80, 96, 128, 256):
@@ -212,6 +224,7 @@ LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "linear_argmax": linear_argmax,
     "jacobi_step": jacobi_step,
     "guess_window": guess_window,
+    "guess_pool_add": guess_pool_add,
     "block_attention": block_attention,
     "linear_consistency_loss": linear_consistency_loss,
 }

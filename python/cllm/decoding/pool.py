@@ -36,7 +36,7 @@ class GuessPool:
         # [B, V] stamp * V + token, so that the latest of several is the largest; -1: none yet
         self.latest = prompts.new_full((batch, vocabulary), -1)
         # on the device, as a captured iteration goes on from where it was at each replay
-        self._stamp = torch.full((), width, dtype=torch.long, device=prompts.device)
+        self._stamps = prompts.new_full((batch,), width)
         places = torch.arange(width - 1, device=prompts.device)
         pairs = places * vocabulary + prompts[:, 1:]
         pairs = pairs.masked_fill(places >= (lengths - 1)[:, None], -1)
@@ -44,27 +44,23 @@ class GuessPool:
 
     def add(self, window: torch.Tensor, predictions: torch.Tensor) -> None:
         """Keep the predictions [B, n] behind the tokens of a window [B, n]."""
-        width = window.shape[1]
-        places = self._stamp + torch.arange(width, device=window.device)
-        self._stamp += width
-        pairs = places * self.vocabulary + predictions
-        self.latest.scatter_reduce_(1, window, pairs, "amax")
+        cllm_kernels.guess_pool_add(self.latest, self._stamps, window, predictions)
 
     def clone(self) -> GuessPool:
         """One of its own that knows the same."""
         made = copy.copy(self)
-        made.latest, made._stamp = self.latest.clone(), self._stamp.clone()
+        made.latest, made._stamps = self.latest.clone(), self._stamps.clone()
         return made
 
     def load(self, other: GuessPool) -> None:
         """Know what `other`, of the same batch and vocabulary, does, in the same memory."""
         self.latest.copy_(other.latest)
-        self._stamp.copy_(other._stamp)
+        self._stamps.copy_(other._stamps)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return self.latest.nbytes + self._stamp.nbytes
+        return self.latest.nbytes + self._stamps.nbytes
 
     def improved(self, window: torch.Tensor) -> torch.Tensor:
         """The window [B, n] with the latest token behind each token in the place after it, from the
