@@ -41,6 +41,30 @@ def jacobi_step_cuda(
     device: int,
     stream: int,
 ) -> None: ...
+def guess_window_cpu(
+    window: int,
+    latest: int,
+    sequences: int,
+    generated: int,
+    starts: int,
+    rows: int,
+    n: int,
+    vocabulary: int,
+    width: int,
+    longest: int,
+    least: int,
+    end: int,
+    threads: int,
+) -> None: ...
+def guess_pool_add_cpu(
+    latest: int,
+    stamps: int,
+    window: int,
+    predictions: int,
+    rows: int,
+    n: int,
+    vocabulary: int,
+) -> None: ...
 def row_argmax_cpu(
     logits: int,
     dtype: int,

@@ -1,6 +1,8 @@
 """Fused kernels for Jacobi decoding. Knows tensors; knows nothing of any model library.
 
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
+    guess_window(...)     better guesses, from the text and from a pool of predictions: one launch
+    guess_pool_add(...)   what a forward predicted, kept in that pool
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
     linear_argmax(h, W)   argmax of h @ W.T, or a sample of its softmax; the logits never held whole
     linear_consistency_loss(s, t, W, ...)
@@ -35,6 +37,8 @@ from cllm_kernels.block_linear import block_linear
 from cllm_kernels.decoder_layer import decoder_layer
 from cllm_kernels.decoder_layer.stack import DecoderStack, decoder_layers
 from cllm_kernels.decoder_layer.weights import DecoderWeights
+from cllm_kernels.guess_pool_add import guess_pool_add
+from cllm_kernels.guess_window import guess_window
 from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
@@ -55,6 +59,8 @@ __all__ = [
     "current_backend",
     "decoder_layer",
     "decoder_layers",
+    "guess_pool_add",
+    "guess_window",
     "gumbel_noise",
     "jacobi_step",
     "linear_argmax",

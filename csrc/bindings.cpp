@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "direct.h"
+#include "guess_bindings.h"
 #include "ops.h"
 
 #ifdef _OPENMP
@@ -366,6 +367,7 @@ const char* isa_name() {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Native kernels of cllm_kernels; addresses and sizes in, no tensors.";
     module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
+    cllm::bind_guesses(module);
     module.def("row_argmax_cpu", &row_argmax_cpu);
     module.def("block_linear_cpu", &block_linear_cpu);
     module.def("decoder_layer_cpu", &decoder_layer_cpu);

@@ -42,6 +42,35 @@ struct JacobiStep {
 // Returns -1, or the first row whose state lies outside its bounds; nothing is changed then.
 int64_t jacobi_step_cpu(const JacobiStep& step, int threads);
 
+struct GuessWindow {
+    int64_t* window;           // [rows, n], mutated
+    const int64_t* latest;     // [rows, vocabulary] stamp * vocabulary + token or -1, or null
+    const int64_t* sequences;  // [rows, width], or null
+    const int64_t* generated;  // [rows], null with sequences
+    const int64_t* starts;     // [rows], null with sequences
+    int64_t rows;
+    int64_t n;
+    int64_t vocabulary;
+    int64_t width;
+    int64_t longest;
+    int64_t least;
+    int64_t end;  // columns of sequences that are looked at
+};
+
+void guess_window_cpu(const GuessWindow& guess, int threads);
+
+struct GuessPoolAdd {
+    int64_t* latest;             // [rows, vocabulary], mutated
+    int64_t* stamps;             // [rows], mutated
+    const int64_t* window;       // [rows, n]
+    const int64_t* predictions;  // [rows, n]
+    int64_t rows;
+    int64_t n;
+    int64_t vocabulary;
+};
+
+void guess_pool_add_cpu(const GuessPoolAdd& add);
+
 // Rows are addressed by two strides, so that a slice such as logits[:, -n:, :] needs no copy:
 // row r begins at (r / inner) * outer_stride + (r % inner) * inner_stride, in elements.
 struct Rows {

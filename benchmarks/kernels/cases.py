@@ -91,6 +91,26 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def captured(run: Run) -> Run:
+    """The same calls as one CUDA graph: captured once, on what is there now, and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles what needs compiling, outside the capture
+        if run.prepare is not None:
+            run.prepare()
+        run.call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run.call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return Run(replay, run.prepare, calls=run.calls)
+
+
 def matmuls_variant(
     name: str,
     shapes: list[tuple[str, int, int, int]],  # (layout, m, k, n) of each product, in order

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, compiled, own_variants
+from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
 from benchmarks.kernels.harness import main
 from cllm_kernels.jacobi_step import OP, reference
 
@@ -78,39 +78,19 @@ def eager(step: Callable[..., Tensor]) -> Callable[[Inputs], Run]:
     """All steps one after the other; returns what the last one leaves."""
 
     def build(inputs: Inputs) -> Run:
-        call, prepare, _ = steps(step, inputs)
-        return Run(call, prepare, calls=CALLS)
+        return Run(*steps(step, inputs), calls=CALLS)
 
     return build
 
 
 def graphed(step: Callable[..., Tensor]) -> Callable[[Inputs], Run]:
     """The same steps, captured once and replayed."""
-
-    def build(inputs: Inputs) -> Run:
-        call, prepare, state = steps(step, inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what needs compiling, outside the capture
-            prepare()
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return tuple(state[name] for name in STATE)
-
-        return Run(replay, prepare, calls=CALLS)
-
-    return build
+    return lambda inputs: captured(eager(step)(inputs))
 
 
 def steps(
     step: Callable[..., Tensor], inputs: Inputs
-) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], None], dict[str, Tensor]]:
+) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], None]]:
     first = inputs["first"]
     state = {name: value.clone() for name, value in first.items()}
     arguments = [
@@ -127,7 +107,7 @@ def steps(
         for name in STATE:
             state[name].copy_(first[name])
 
-    return call, prepare, state
+    return call, prepare
 
 
 def written_out(*arguments: Tensor) -> Tensor:

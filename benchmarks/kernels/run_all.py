@@ -15,8 +15,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OPS = (
-    *("row_argmax", "jacobi_step", "gumbel_noise", "linear_argmax"),
-    *("block_attention", "block_linear", "decoder_layer", "linear_consistency_loss"),
+    *("row_argmax", "jacobi_step", "guess_window", "guess_pool_add", "gumbel_noise"),
+    *("linear_argmax", "block_attention", "block_linear", "decoder_layer"),
+    "linear_consistency_loss",
 )
 
 

@@ -61,8 +61,8 @@ def test_a_clone_goes_its_own_way_until_it_is_loaded():
         tokens, predictions = draw(4), draw(4)
         other.add(tokens, predictions)
         pool.add(tokens, predictions)
-    assert not torch.equal(twin._latest, pool._latest)
-    assert twin.nbytes == pool.nbytes == 8 * (2 * V + 1)
+    assert not torch.equal(twin.latest, pool.latest)
+    assert twin.nbytes == pool.nbytes == 8 * 2 * (V + 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

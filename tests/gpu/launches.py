@@ -150,6 +150,36 @@ def one_step(mode: str, n: int) -> torch.Tensor:
     return cllm_kernels.jacobi_step(window, predictions, output, *state, mode=mode)
 
 
+def guess_window() -> Iterator[Launch]:
+    for n in (2, 5, 70):
+        for width in (31, 2500):
+            yield f"n={n} L={width}", lambda n=n, width=width: guesses(n, width)
+
+
+def guesses(n: int, width: int) -> None:
+    rows, vocabulary = 4, 53
+    text = torch.randint(0, vocabulary, (rows, width), device=DEVICE)
+    text[1, -6:] = text[1, :6]  # one row's end is found again
+    window = text[:, -1:].repeat(1, n)
+    latest = torch.randint(-1, 9 * vocabulary, (rows, vocabulary), device=DEVICE)
+    generated = torch.tensor([width - 5, width, 1, 0], device=DEVICE)
+    starts = torch.tensor([3, 0, 0, 0], device=DEVICE)
+    cllm_kernels.guess_window(window, latest)
+    cllm_kernels.guess_window(window, latest, text, generated, starts, longest=4, least=2)
+
+
+def guess_pool_add() -> Iterator[Launch]:
+    for n in (1, 5, 700):
+        yield f"n={n}", lambda n=n: pooled(n)
+
+
+def pooled(n: int) -> None:
+    rows, vocabulary = 3, 53
+    latest = torch.full((rows, vocabulary), -1, device=DEVICE)
+    tokens = [torch.randint(0, vocabulary, (rows, n), device=DEVICE) for _ in range(2)]
+    cllm_kernels.guess_pool_add(latest, torch.tensor([0, 1, 9], device=DEVICE), *tokens)
+
+
 def block_attention() -> Iterator[Launch]:
     for dtype in DTYPES:
         for width in (64, 80, 96, 128, 256):
@@ -211,6 +241,8 @@ LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "decoder_layer": decoder_layer,
     "linear_argmax": linear_argmax,
     "jacobi_step": jacobi_step,
+    "guess_window": guess_window,
+    "guess_pool_add": guess_pool_add,
     "block_attention": block_attention,
     "linear_consistency_loss": linear_consistency_loss,
 }

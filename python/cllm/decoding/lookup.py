@@ -6,7 +6,11 @@ source of guesses for the window. Only shapes decide what runs, and nothing is r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from cllm_kernels.guess_window.reference import followed, latest_of_the_longest, repeated_ends
 
 
 def look_up(
@@ -37,18 +41,9 @@ def look_up(
         (guesses [B, ways, count], length [B, ways]): how many tokens of the end were found again, 0
         where not even the last one was; such guesses mean nothing.
     """
-    columns = torch.arange(sequences.shape[1], device=sequences.device)
     last = (generated - 1)[:, None]
-    first = starts[:, None]
-    # [B, L]: how many tokens up to each column equal those at the end
-    run = torch.zeros_like(sequences)
-    alive = (columns >= first) & (columns < last)
-    for back in range(longest):
-        key = sequences.gather(1, (last - back).clamp(min=0))
-        # wraps around at the front, where columns - back lies before the row's start
-        alive = alive & (sequences.roll(back, dims=1) == key) & (columns - back >= first)
-        run = run + alive
-    score = (run * sequences.shape[1] + columns).masked_fill(run == 0, -1)
+    run = repeated_ends(sequences, last, starts[:, None], longest)
+    score = latest_of_the_longest(run)
     following = sequences.roll(-1, dims=1)
     places, lengths = [], []
     for way in range(ways):
@@ -57,11 +52,7 @@ def look_up(
         places.append(found)
         if way + 1 < ways:
             score = score.masked_fill(following == following.gather(1, found), -1)
-    found = torch.cat(places, dim=1)[:, :, None]  # [B, ways, 1]
-    period = (last[:, :, None] - found).clamp(min=1)
-    steps = torch.arange(count, device=sequences.device)
-    place = (found + 1 + steps % period).clamp(max=sequences.shape[1] - 1)
-    guesses = sequences.gather(1, place.flatten(1)).view(place.shape)
+    guesses = followed(sequences, last, torch.cat(places, dim=1), count)
     return guesses, torch.cat(lengths, dim=1)
 
 
@@ -78,22 +69,18 @@ class Lookup:
         self.least = least
         self.starts = starts
 
-    def improved(
-        self, window: torch.Tensor, sequences: torch.Tensor, generated: torch.Tensor, end: int
-    ) -> torch.Tensor:
-        """The window with guesses from the text, in rows whose end was found again.
-
-        Args:
-            window: [B, n], its first token the last committed one.
-            sequences, generated: as `look_up` takes them.
-            end: no row's text goes beyond this column.
-
-        Returns:
-            [B, n] contiguous.
-        """
-        guesses, found = self.several(window, sequences, generated, end, 1)
-        proposed = torch.cat([window[:, :1], guesses[:, 0]], dim=1)
-        return torch.where(found, proposed, window)
+    def searched(
+        self, sequences: torch.Tensor, generated: torch.Tensor, end: int
+    ) -> dict[str, Any]:
+        """What `cllm_kernels.guess_window` takes of the text; arguments as below."""
+        return dict(
+            sequences=sequences,
+            generated=generated,
+            starts=self.starts,
+            longest=self.longest,
+            least=self.least,
+            end=end,
+        )
 
     def several(
         self,
@@ -103,8 +90,14 @@ class Lookup:
         end: int,
         ways: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guesses [B, ways, n - 1] behind the window's first token, as `look_up` gives them, and
-        whether as much of the end as it takes was found again [B, ways]; arguments as above."""
+        """Guesses [B, ways, n - 1] behind a window's first token, and whether as much of the end as
+        it takes was found again [B, ways].
+
+        Args:
+            window: [B, n], its first token the last committed one.
+            sequences, generated: as `look_up` takes them.
+            end: no row's text goes beyond this column.
+        """
         guesses, length = look_up(
             sequences[:, :end],
             generated,

@@ -181,12 +181,12 @@ class WindowIteration:
 
     def _improve(self, end: int) -> None:
         """Better guesses for the window: from the text, else from earlier predictions."""
-        state = self.state
-        if self.pool is not None:
-            state.window.copy_(self.pool.improved(state.window))
-        if self.lookup is not None:
-            found = self.lookup.improved(state.window, state.sequences, state.generated, end)
-            state.window.copy_(found)
+        pool, lookup, state = self.pool, self.lookup, self.state
+        if pool is None and lookup is None:
+            return
+        searched = {} if lookup is None else lookup.searched(state.sequences, state.generated, end)
+        latest = None if pool is None else pool.latest
+        cllm_kernels.guess_window(state.window, latest, **searched)
 
     def _columns(self) -> torch.Tensor | None:
         """[B] column of the output that the token behind each window's first is for; None where

@@ -12,12 +12,17 @@ import copy
 
 import torch
 
+import cllm_kernels
+
 
 class GuessPool:
     """For every row and every token of the vocabulary, the latest token behind it.
 
     8 bytes a row and token, whatever the length of the text. Only shapes decide what runs, nothing
     is read back, and what is kept does not depend on the order in which a device writes.
+
+    Attributes:
+        latest: [B, V] as `cllm_kernels.guess_window` reads it.
 
     Args:
         prompts: [B, P] int64, right-padded.
@@ -29,44 +34,37 @@ class GuessPool:
         batch, width = prompts.shape
         self.vocabulary = vocabulary
         # [B, V] stamp * V + token, so that the latest of several is the largest; -1: none yet
-        self._latest = prompts.new_full((batch, vocabulary), -1)
+        self.latest = prompts.new_full((batch, vocabulary), -1)
         # on the device, as a captured iteration goes on from where it was at each replay
-        self._stamp = torch.full((), width, dtype=torch.long, device=prompts.device)
+        self._stamps = prompts.new_full((batch,), width)
         places = torch.arange(width - 1, device=prompts.device)
         pairs = places * vocabulary + prompts[:, 1:]
         pairs = pairs.masked_fill(places >= (lengths - 1)[:, None], -1)
-        self._latest.scatter_reduce_(1, prompts[:, :-1], pairs, "amax")
+        self.latest.scatter_reduce_(1, prompts[:, :-1], pairs, "amax")
 
     def add(self, window: torch.Tensor, predictions: torch.Tensor) -> None:
         """Keep the predictions [B, n] behind the tokens of a window [B, n]."""
-        width = window.shape[1]
-        places = self._stamp + torch.arange(width, device=window.device)
-        self._stamp += width
-        pairs = places * self.vocabulary + predictions
-        self._latest.scatter_reduce_(1, window, pairs, "amax")
+        cllm_kernels.guess_pool_add(self.latest, self._stamps, window, predictions)
 
     def clone(self) -> GuessPool:
         """One of its own that knows the same."""
         made = copy.copy(self)
-        made._latest, made._stamp = self._latest.clone(), self._stamp.clone()
+        made.latest, made._stamps = self.latest.clone(), self._stamps.clone()
         return made
 
     def load(self, other: GuessPool) -> None:
         """Know what `other`, of the same batch and vocabulary, does, in the same memory."""
-        self._latest.copy_(other._latest)
-        self._stamp.copy_(other._stamp)
+        self.latest.copy_(other.latest)
+        self._stamps.copy_(other._stamps)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return self._latest.nbytes + self._stamp.nbytes
+        return self.latest.nbytes + self._stamps.nbytes
 
     def improved(self, window: torch.Tensor) -> torch.Tensor:
         """The window [B, n] with the latest token behind each token in the place after it, from the
         first on; where there is none, its own."""
-        tokens = [window[:, :1]]
-        for place in range(1, window.shape[1]):
-            pair = self._latest.gather(1, tokens[-1])
-            known = pair.remainder(self.vocabulary)
-            tokens.append(torch.where(pair >= 0, known, window[:, place : place + 1]))
-        return torch.cat(tokens, dim=1)
+        made = window.clone(memory_format=torch.contiguous_format)
+        cllm_kernels.guess_window(made, self.latest)
+        return made

@@ -1,0 +1,115 @@
+"""Better guesses for the windows of a decoding batch: one launch beside dozens.
+
+Half of the texts repeat themselves, so that the text gives their guesses; of the others all of the
+text is searched, and the guesses are a chain through the pool. A call takes microseconds, so a
+sample is `CALLS` of them: a window that has its guesses gets the same again. On a GPU the same
+calls are also replayed as a CUDA graph, which is how a decoding loop runs them.
+
+    python benchmarks/kernels/guess_window.py --device cpu --record
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import cllm_kernels
+from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
+from benchmarks.kernels.harness import main
+from cllm_kernels.guess_window import OP, reference
+
+SIZES = [(1, 4, 512, 49152), (8, 8, 2048, 49152), (64, 16, 1024, 16384)]  # (B, n, L, V)
+QUICK = [(2, 4, 40, 97)]
+CALLS = 32
+LONGEST, LEAST = 3, 2
+ORDER = ("window", "latest", "sequences", "generated", "starts")
+
+
+def state(rows: int, n: int, width: int, vocabulary: int) -> Callable[[torch.device], Inputs]:
+    def make(device: torch.device) -> Inputs:
+        text = torch.randint(0, vocabulary, (rows, width))
+        period = width // 3
+        text[::2, period:] = text[::2, :-period].clone()
+        generated = torch.full((rows,), width - n)
+        stamps = torch.arange(vocabulary) * vocabulary
+        made = {
+            "window": text.gather(1, generated[:, None] - 1 + torch.arange(n)),
+            "latest": stamps + torch.randint(0, vocabulary, (rows, vocabulary)),
+            "sequences": text,
+            "generated": generated,
+            "starts": torch.zeros(rows, dtype=torch.int64),
+        }
+        return {name: tensor.to(device) for name, tensor in made.items()}
+
+    return make
+
+
+def written_out(*arguments: Tensor) -> None:
+    reference.guess_window(*arguments, LONGEST, LEAST, arguments[2].shape[1])
+
+
+def op(*arguments: Tensor) -> None:
+    cllm_kernels.guess_window(*arguments, longest=LONGEST, least=LEAST)
+
+
+def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
+    def build(inputs: Inputs) -> Run:
+        window = inputs["window"].clone()
+        arguments = (window, *(inputs[name] for name in ORDER[1:]))
+
+        def call() -> Tensor:
+            for _ in range(CALLS):
+                guess(*arguments)
+            return window
+
+        return Run(call, lambda: window.copy_(inputs["window"]), calls=CALLS)
+
+    return build
+
+
+def graphed(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
+    return lambda inputs: captured(eager(guess)(inputs))
+
+
+def case(rows: int, n: int, width: int, vocabulary: int, device: torch.device) -> Case:
+    # the text, two numbers a row, the window read and written, an entry of the pool a guess
+    moved = 8 * rows * (width + 2 + 2 * n + n - 1)
+    variants = [
+        Variant("written out in torch", "baseline", eager(written_out), 0, moved),
+        Variant("compiled, written out", "baseline", eager(compiled(written_out)), 0, moved),
+        *own_variants(OP, device, eager(op), 0, moved),
+    ]
+    if device.type == "cuda":
+        variants.append(
+            Variant("written out, in a graph", "baseline", graphed(written_out), 0, moved)
+        )
+        for variant in own_variants(OP, device, graphed(op), 0, moved):
+            variant.name += ", in a graph"
+            variants.append(variant)
+    return Case(
+        name=f"B={rows} n={n} L={width}",
+        dtype=torch.float32,  # of the ceiling only: the op has no floating-point number
+        shape={"B": rows, "n": n, "L": width, "V": vocabulary, "calls": CALLS},
+        make_inputs=state(rows, n, width, vocabulary),
+        variants=variants,
+        flop_floor=0,
+        bytes_floor=moved,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    return [case(*sizes, device) for sizes in (QUICK if quick else SIZES)]
+
+
+def run(argv: list[str] | None = None) -> dict[str, Any]:
+    return main("guess_window", cases, __file__, __doc__, argv)
+
+
+if __name__ == "__main__":
+    run()

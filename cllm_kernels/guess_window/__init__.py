@@ -1,0 +1,142 @@
+"""guess_window: better guesses for a window, from the text itself and from earlier predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm_kernels._backend import Op, register
+from cllm_kernels._common import LIBRARY, dtype_text, eager, shape_text
+
+
+def _reference() -> Any:
+    from cllm_kernels.guess_window import reference
+
+    return reference.guess_window
+
+
+def _cpp() -> Any:
+    from cllm_kernels.guess_window import native
+
+    return native.guess_window_cpu
+
+
+def _triton() -> Any:
+    from cllm_kernels.guess_window import triton_kernel
+
+    return triton_kernel.guess_window
+
+
+OP = register(
+    Op(
+        name="guess_window",
+        implementations={"reference": _reference, "cpp": _cpp, "triton": _triton},
+        preference={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    )
+)
+
+
+def guess_window(
+    window: Tensor,
+    latest: Tensor | None = None,
+    sequences: Tensor | None = None,
+    generated: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    longest: int = 3,
+    least: int = 1,
+    end: int | None = None,
+) -> None:
+    """Puts better guesses behind the first token of every row's window.
+
+    Where the last tokens of a row's text stand earlier in it, what followed the latest of their
+    longest occurrences is guessed (prompt lookup decoding, Saxena 2023); where that is less than
+    n - 1 tokens ago, the tokens since then again and again. Else every guess is the latest token
+    that is known behind the one before it (an n-gram pool with n = 2, lookahead decoding, Fu et
+    al. 2024, arXiv 2402.02057), and where none is known the window's own.
+
+    Args (int64, contiguous, on one device; B rows):
+        window: [B, n], mutated; w[0] is the last committed token and stays.
+        latest: [B, V] or None: of every token the latest one behind it, as stamp * V + token; -1
+            where none is known. A token outside of [0, V) has none.
+        sequences: [B, L] or None, of row b the text in columns starts[b] .. generated[b] - 1; given
+            with generated [B] and starts [B].
+        longest: most tokens of the text's end that are compared, at least 1.
+        least: fewest that must be found again for the text to guess, at least 1.
+        end: columns of sequences that are looked at, 1 to L, or None: all; no row's text may go
+            beyond it. It spares the reference work.
+
+    Raises:
+        ValueError: a shape, layout, device or number that does not fit, or nothing to guess from.
+        TypeError: a wrong dtype. BackendError: see `use_backend`.
+    """
+    if window.dim() != 2 or window.shape[1] < 1:
+        raise ValueError(f"guess_window: window must be [B, n], n >= 1, not {shape_text(window)}")
+    _check("window", window, window, 2)
+    tensors = [window]
+    if latest is not None:
+        _check("latest", latest, window, 2)
+        tensors.append(latest)
+    if sequences is not None:
+        if generated is None or starts is None:
+            missing = "generated" if generated is None else "starts"
+            raise ValueError(f"guess_window: sequences needs {missing}, [B] int64; pass it too")
+        _check("sequences", sequences, window, 2)
+        _check("generated", generated, window, 1)
+        _check("starts", starts, window, 1)
+        tensors += (sequences, generated, starts)
+        columns = sequences.shape[1]
+        end = columns if end is None else end
+        if not 1 <= end <= columns:
+            raise ValueError(f"guess_window: end must be from 1 to L = {columns}, not {end}")
+        for name, value in (("longest", longest), ("least", least)):
+            if value < 1:
+                raise ValueError(f"guess_window: {name} must be at least 1, not {value}")
+    elif latest is None:
+        raise ValueError("guess_window: nothing to guess from; pass latest, sequences or both")
+    guess = (
+        OP.resolve(window.device)
+        if eager(*tensors)
+        else torch.ops.cllm_kernels.guess_window.default
+    )
+    guess(window, latest, sequences, generated, starts, longest, least, end or 0)
+
+
+def _check(name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
+    shape = tensor.shape
+    rows = window.shape[0]
+    if len(shape) != dims or shape[0] != rows or shape[-1] < (dims == 2):
+        of_rows = f"[{rows}], one entry per row of window"
+        wanted = {"latest": f"[{rows}, V], V >= 1", "sequences": f"[{rows}, L], L >= 1"}
+        raise ValueError(
+            f"guess_window: {name} must be {wanted.get(name, of_rows)}, not {shape_text(tensor)}"
+        )
+    if tensor.dtype is not torch.int64:
+        raise TypeError(f"guess_window: {name} must be int64, not {dtype_text(tensor.dtype)}")
+    if tensor.device != window.device:
+        raise ValueError(
+            f"guess_window: {name} is on {tensor.device} but window is on {window.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"guess_window: {name} must be contiguous; pass {name}.contiguous()")
+
+
+LIBRARY.define(
+    "guess_window(Tensor(a!) window, Tensor? latest, Tensor? sequences, Tensor? generated, "
+    "Tensor? starts, int longest, int least, SymInt end) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _dispatched(window: Tensor, *rest: Any) -> None:
+    OP.resolve(window.device)(window, *rest)
+
+
+def _fake(window: Tensor, *_: Any) -> None:
+    return None
+
+
+LIBRARY.impl("guess_window", _dispatched, "CompositeExplicitAutograd")
+torch.library.register_fake("cllm_kernels::guess_window", _fake, lib=LIBRARY)

@@ -1,0 +1,39 @@
+"""guess_window in C++: addresses and sizes handed to _C."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cllm_kernels._native import native_module
+
+_C = native_module()
+
+
+def guess_window_cpu(
+    window: Tensor,  # [B, n], mutated
+    latest: Tensor | None,  # [B, V]
+    sequences: Tensor | None,  # [B, L]
+    generated: Tensor | None,  # [B]
+    starts: Tensor | None,  # [B]
+    longest: int,
+    least: int,
+    end: int,
+) -> None:
+    """The C++ kernel."""
+    rows, n = window.shape
+    _C.guess_window_cpu(
+        window.data_ptr(),
+        0 if latest is None else latest.data_ptr(),
+        0 if sequences is None else sequences.data_ptr(),
+        0 if generated is None else generated.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
+        rows,
+        n,
+        0 if latest is None else latest.shape[1],
+        0 if sequences is None else sequences.shape[1],
+        longest,
+        least,
+        end,
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,45 @@
+// What bindings.cpp adds for guesses: as there, addresses and sizes come in as integers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace cllm {
+
+inline void bind_guesses(pybind11::module_& module) {
+    module.def("guess_window_cpu",
+               [](uintptr_t window, uintptr_t latest, uintptr_t sequences, uintptr_t generated,
+                  uintptr_t starts, int64_t rows, int64_t n, int64_t vocabulary, int64_t width,
+                  int64_t longest, int64_t least, int64_t end, int threads) {
+                   const GuessWindow guess{reinterpret_cast<int64_t*>(window),
+                                           reinterpret_cast<const int64_t*>(latest),
+                                           reinterpret_cast<const int64_t*>(sequences),
+                                           reinterpret_cast<const int64_t*>(generated),
+                                           reinterpret_cast<const int64_t*>(starts),
+                                           rows,
+                                           n,
+                                           vocabulary,
+                                           width,
+                                           longest,
+                                           least,
+                                           end};
+                   pybind11::gil_scoped_release release;
+                   guess_window_cpu(guess, threads);
+               });
+    module.def("guess_pool_add_cpu",
+               [](uintptr_t latest, uintptr_t stamps, uintptr_t window, uintptr_t predictions,
+                  int64_t rows, int64_t n, int64_t vocabulary) {
+                   const GuessPoolAdd add{reinterpret_cast<int64_t*>(latest),
+                                          reinterpret_cast<int64_t*>(stamps),
+                                          reinterpret_cast<const int64_t*>(window),
+                                          reinterpret_cast<const int64_t*>(predictions),
+                                          rows,
+                                          n,
+                                          vocabulary};
+                   pybind11::gil_scoped_release release;
+                   guess_pool_add_cpu(add);
+               });
+}
+
+}  // namespace cllm
