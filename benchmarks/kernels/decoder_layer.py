@@ -187,7 +187,8 @@ def captured(run: Run) -> Run:
         return run.call()
 
     result, replay = capture(call)
-    return Run(lambda: (replay(), result)[1])
+    # a graph reads memory that it does not own: what was made for `run` stays as long as this does
+    return Run(lambda: (replay(), result, call)[1])
 
 
 def huggingface(inputs: Inputs, model: Model) -> Run:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cllm.bench import comparison as module
 from cllm.bench.comparison import Comparison, NothingToCompare, Plan, bandwidth, weight_bytes
 from cllm.bench.contenders import CONTENDERS, EAGER, Setup
 from cllm.bench.contest import Contestant, Failed
@@ -122,3 +125,14 @@ def test_without_huggingface_there_is_nothing_to_compare(setup, tmp_path, monkey
 def test_names_say_whose_they_are():
     assert next(iter(CONTENDERS)) == EAGER
     assert all(name.startswith(("HuggingFace", "flashspec", "cllm", "CLLM")) for name in CONTENDERS)
+
+
+def test_on_a_gpu_the_references_are_there_before_anybody_is_timed(setup, tmp_path, monkeypatch):
+    made, _ = comparison(setup, tmp_path, [[3, 4]], contenders=(EAGER, "cllm, Jacobi"))
+    made.setup = replace(setup, device="cuda")
+    done = []
+    monkeypatch.setattr(made, "references", lambda task: done.append(task.name))
+    monkeypatch.setattr(module, "Contestant", lambda name, *_: Stub(name, []))
+    started = made.contestants()
+    assert next(started).name == EAGER and done == ["few"]
+    assert [one.name for one in started] == ["cllm, Jacobi"]

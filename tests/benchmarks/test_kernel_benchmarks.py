@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from importlib import import_module
 
 import pytest
 import torch
 
 from benchmarks.harness import rewrite
-from benchmarks.kernels import report
+from benchmarks.kernels import decoder_layer, report
 from benchmarks.kernels.cases import Case, Run, Variant
 from benchmarks.kernels.harness import main
 from benchmarks.kernels.memory import peak_in_child
@@ -133,3 +135,15 @@ def test_a_variant_that_fails_or_differs_is_reported(tmp_path, monkeypatch):
 def test_a_page_without_markers_is_left_alone():
     with pytest.raises(ValueError, match="must hold the lines"):
         rewrite("no markers\n", "<!-- a -->", "<!-- b -->", "text")
+
+
+def test_a_captured_call_keeps_the_memory_that_its_graph_reads(monkeypatch):
+    def made():
+        read = torch.ones(3)
+        return Run(lambda: 2 * read), weakref.ref(read)
+
+    monkeypatch.setattr(decoder_layer, "capture", lambda call: (call(), lambda: None))
+    run, read = made()
+    run = decoder_layer.captured(run)
+    gc.collect()
+    assert run.call().tolist() == [2, 2, 2] and read() is not None

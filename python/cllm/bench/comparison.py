@@ -157,7 +157,10 @@ class Comparison:
         started: Iterable[Contestant] = map(start, plan.contenders)
         if self.setup.device.startswith("cuda"):
             with ThreadPoolExecutor(len(plan.contenders)) as pool:
-                started = list(pool.map(start, plan.contenders))
+                starting = pool.map(start, plan.contenders)
+                for task in self.tasks:  # while they load and compile, and nobody is timed
+                    self.references(task)
+                started = list(starting)
         for one in started:
             if one.absent is None:
                 self._tell(f"{one.name}: ready")
