@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
 
 @triton.jit
@@ -18,7 +18,9 @@ def guess_pool_add_kernel(
     n,
     vocabulary,
     SLOTS: tl.constexpr,  # n, padded to a power of two
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)  # 64 bits: B * vocabulary may need them
     i = tl.arange(0, SLOTS)
     token = tl.load(window_ptr + row * n + i, mask=i < n, other=-1)
@@ -53,5 +55,6 @@ def guess_pool_add(
             latest.shape[1],
             SLOTS=triton.next_power_of_2(n),
             num_warps=1 if n <= 256 else 4,
+            **chained(window),
             **FUSION,
         )

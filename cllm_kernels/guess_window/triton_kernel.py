@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cllm_kernels._triton import FUSION, device_of
+from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
 COLUMNS = 1024  # of the text at a time
 WARPS = 4
@@ -29,7 +29,9 @@ def guess_window_kernel(
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,  # n, padded to a power of two
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)  # 64 bits: B * vocabulary and B * width may need them
     w_row = window_ptr + row * n
     found = row < 0
@@ -101,5 +103,6 @@ def guess_window(
             BLOCK=COLUMNS,
             SLOTS=triton.next_power_of_2(n),
             num_warps=WARPS,
+            **chained(window),
             **FUSION,
         )

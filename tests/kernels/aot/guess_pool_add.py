@@ -11,6 +11,6 @@ def variants():
             f"guess_pool_add slots={slots}",
             guess_pool_add_kernel,
             types,
-            {"SLOTS": slots},
+            {"SLOTS": slots, "PDL": False},
             {"num_warps": warps, **FUSION},
         )

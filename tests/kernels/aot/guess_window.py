@@ -12,6 +12,6 @@ def variants():
             f"guess_window pool={pool} longest={longest} slots={slots}",
             guess_window_kernel,
             types,
-            constants | {"SLOTS": slots},
+            constants | {"SLOTS": slots, "PDL": False},
             {"num_warps": WARPS, **FUSION},
         )
