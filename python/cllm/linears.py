@@ -91,6 +91,11 @@ def fusable(module: torch.nn.Module) -> bool:
     return type(weight) is torch.nn.Parameter and known
 
 
+def replaced(module: torch.nn.Module) -> bool:
+    """Whether the forward of `module` is one from here right now."""
+    return module in _users
+
+
 def add_term(module: torch.nn.Module, term: Term) -> Callable[[], None]:
     """Give `module`, which is `fusable`, a term; returns what takes it back.
 

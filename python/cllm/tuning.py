@@ -256,7 +256,7 @@ def tune(
         decoder = _Decoder(model, adapter, max_new_tokens)
         middle = sorted(ids, key=len)[len(ids) // 2]
         room = max_new_tokens + max(window.rows for window in windows)
-        clock = ForwardClock(model, middle, room, adapter)
+        clock = ForwardClock(model, middle, room, adapter, compile=None)
         seconds = _forward_seconds(clock, windows, rounds, forwards, tell)
         del clock  # its caches
         candidates = []

@@ -338,7 +338,10 @@ def test_a_capture_that_fails_is_named_once(recorder, monkeypatch, failure):
     assert torch.equal(again, found)
     told = [str(one.message) for one in caught if "compile='graph'" in str(one.message)]
     assert len(told) == 1 and str(failure) in told[0]
-    assert whole(model) == [None]
+    if isinstance(failure, torch.OutOfMemoryError):  # not even the cache
+        assert graphs.kept_bytes(model) == 0
+    else:
+        assert whole(model) == [None]
 
 
 def test_a_capture_that_fails_half_way_leaves_the_call_as_it_was(recorder, monkeypatch):
@@ -392,12 +395,3 @@ def test_a_call_that_fails_keeps_nothing(recorder):
             logits_processor=[stop],
         )  # fmt: skip
     assert graphs.kept_bytes(model) == 0
-
-
-def test_without_a_gpu_it_is_refused():
-    with pytest.raises(ValueError, match="compile='graph' needs a CUDA device"):
-        cllm.generate(tiny_model("llama"), **prompts([4]), max_new_tokens=4, compile="graph")
-    with pytest.raises(ValueError, match="compile must be None or 'graph', not 'fast'"):
-        cllm.JacobiConfig(compile="fast")
-    with pytest.raises(ValueError, match="times forwards without a graph"):
-        cllm.JacobiConfig(compile="graph", block_size="auto")

@@ -246,7 +246,7 @@ def _flashspec(setup: Setup) -> Decode:
 
 def _config(setup: Setup, changes: dict[str, Any]) -> JacobiConfig:
     given: dict[str, Any] = {"block_size": setup.block_size} | changes
-    if setup.device.startswith("cuda") and given["block_size"] != "auto":
+    if setup.device.startswith("cuda"):
         given["compile"] = "graph"
     return JacobiConfig(**given)
 

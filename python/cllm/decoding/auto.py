@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapter import GatedAdapter
-from .config import JacobiConfig
+from .automatic import obstacle
+from .config import Compile, JacobiConfig
 from .forward_clock import ForwardClock
 
 # block sizes that are tried, and of windows that stand twice (verify size = block size)
@@ -91,7 +92,8 @@ class _Known:
     """What is known of one model.
 
     Attributes:
-        seconds: (device, dtype, batch bucket, adapter or None) to seconds of a forward by size.
+        seconds: (device, dtype, batch bucket, captured, adapter or None) to seconds of a forward by
+            size: launched kernel by kernel, all widths take what their launches take.
         acceptance: (what guesses, greedy or sampled) to how often it is right.
     """
 
@@ -154,7 +156,7 @@ def choose(
     for who in (None, adapter) if adapter is not None else (None,):
         name = None if who is None else (who.parameters, who.ranks)
         acceptance = known.acceptance.setdefault((name, *guesser), Acceptance())
-        seconds = _seconds(known, model, who, name, prompt, batch, context)
+        seconds = _seconds(known, model, who, name, prompt, batch, context, settings)
         for size, cost in seconds.items():
             if size <= max(1, new_tokens):
                 rate = acceptance.tokens_per_forward(size) / cost
@@ -173,21 +175,35 @@ def _seconds(
     prompt: Sequence[int],
     batch: int,
     context: int | None,
+    settings: JacobiConfig,
 ) -> dict[int, float]:
     device = model.get_input_embeddings().weight.device
     bucket = (batch - 1).bit_length()
-    key = (str(device), model.dtype, bucket, name)
+    compile = _coming(model, device, settings)
+    key = (str(device), model.dtype, bucket, compile != "off", name)
     if key not in known.seconds:
         every = PLAIN if adapter is None else GATED
         sizes = [size for size in every if context is None or size <= context]
-        clock = ForwardClock(model, prompt, 2 * sizes[-1], adapter, batch=1 << bucket)
-        one = known.seconds.get((*key[:3], None), {}).get(1)
+        clock = ForwardClock(
+            model, prompt, 2 * sizes[-1], adapter, batch=1 << bucket, compile=compile
+        )
+        one = known.seconds.get((*key[:4], None), {}).get(1)
 
         def run(size: int) -> float:
             return clock.plain(size, 1) if adapter is None else clock.gated(size, size, 1)
 
         known.seconds[key] = timed(run, sizes, one)
     return known.seconds[key]
+
+
+def _coming(model: Any, device: Any, settings: JacobiConfig) -> Compile | None:
+    """`compile` of calls like the coming one: what they are without a graph, if they get none. The
+    first call of a shape, which gets none yet, goes by the seconds of those behind it, or it would
+    be another shape."""
+    if settings.compile is not None:
+        return settings.compile
+    alone = settings.record_trajectories or obstacle(model, device) is not None
+    return "off" if alone else None
 
 
 def timed(

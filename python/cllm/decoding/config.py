@@ -9,7 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
-Compile = Literal["graph"]
+Compile = Literal["graph", "off"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 
@@ -64,8 +64,14 @@ class JacobiConfig:
             Without an adapter there is nothing to set.
         compile: ``"graph"`` captures whole iterations in a CUDA graph and replays it, see
             `cllm.decoding.graphs`; with logits processors, samples or recorded trajectories the
-            forward over a window alone. A model keeps its captures for further calls. ``None``:
-            everything is launched kernel by kernel.
+            forward over a window alone. A model keeps its captures, and the caches they write to,
+            for further calls (`cllm.decoding.graphs.kept_bytes`, ``forget``). ``"off"``: everything
+            is launched kernel by kernel. ``None``: on a GPU, a graph from the second call of a
+            shape on, where nobody watches the model (hooks, recorded trajectories), neither
+            autocast nor several devices stand against it and its layout is native layers or block
+            attention, as long as all caches that are kept are small beside the device's memory;
+            else, and on a CPU, ``"off"``. In bf16 and fp16 near-ties may fall by the size of the
+            cache, which is a graph's in all calls of a shape that comes to have one.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -125,7 +131,10 @@ class JacobiConfig:
                 "verify_size None"
             )
         if self.compile is not None and self.compile not in get_args(Compile):
-            problems.append(f"compile must be None or 'graph', not {self.compile!r}")
+            problems.append(
+                "compile must be None (on a GPU, a CUDA graph from the second call of a shape on), "
+                f"'graph' or 'off', not {self.compile!r}"
+            )
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
             problems.append(f"record_trajectories must be True or False, not {record!r}")
@@ -178,8 +187,6 @@ class JacobiConfig:
             problems.append("block_size='auto' needs mode='sliding'")
         if self.accept != "all":
             problems.append("block_size='auto' needs accept='all': one token a forward has no best")
-        if self.compile is not None:
-            problems.append("block_size='auto' times forwards without a graph; leave compile None")
         if self.candidates != 1:
             problems.append("block_size='auto' times forwards over one window; leave candidates 1")
         if self.verify_size is not None:

@@ -16,19 +16,21 @@ from ..adapter import Gate, resolve_adapter
 from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
 from .auto import choose
+from .automatic import plan_call
+from .cache import VIEW_STEP, round_up
 from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedIteration
-from .graphs import GraphedForward, graphed_forward
+from .graphs import GraphedForward, check_device, graphed_forward, with_room
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
-from .static_loop import graphed_loop
+from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
 from .support import ModelTraits, check_model
 
@@ -119,6 +121,8 @@ def jacobi_decode(
     check_options(generation_config, model_kwargs)
     traits = check_model(model)
     check_inputs(model, traits, input_ids, model_kwargs.get("attention_mask"), settings)
+    if settings.compile == "graph":
+        check_device(input_ids.device)
 
     rules = StopRules.from_criteria(stopping_criteria or StoppingCriteriaList())
     if rules.max_length is None:
@@ -228,23 +232,6 @@ def _start(
         layout=layout,
         head=head,
     )
-    forward: BlockForward
-    if settings.compile is None:
-        forward = BlockForward(model, traits, **shape)
-    else:
-        owner = None if gate is None else adapter
-        forward = stack.enter_context(graphed_forward(model, traits, **shape, adapter=owner))
-    if streamer is not None:
-        if batch > 1:
-            raise ValueError(
-                f"a streamer takes a batch of 1, but input_ids has {batch} rows; "
-                "generate the rows one by one or drop the streamer"
-            )
-        streamer.put(input_ids.cpu())
-    started = time.perf_counter()
-    if longest > 1:
-        forward.prefill(prompts[:, : longest - 1], lengths - 1)
-    seconds = time.perf_counter() - started
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.width
     )
@@ -254,6 +241,49 @@ def _start(
         lookup = Lookup(settings.longest_lookup, settings.least_lookup(gated), width - lengths)
     if settings.pools(gated) and settings.width > 1:
         pool = GuessPool(prompts, lengths, traits.vocab_size)
+    kind: type[WindowIteration] = WindowIteration
+    if gated or _several(settings):
+        kind = GatedIteration if gated else CandidateIteration
+    owner = adapter if gated else None
+    fixed_in_it = iteration_key(
+        kind,
+        state,
+        settings,
+        verify=(settings.verify_size or settings.width) if gated else None,
+        lookup=lookup,
+        pooled=pool is not None,
+    )
+    plan = plan_call(
+        model,
+        settings.compile,
+        # where the host takes part in it, a forward is all that is captured
+        iteration=fixed_in_it if not processors and noise is None else ("forward", *fixed_in_it),
+        recorded=settings.record_trajectories,
+        adapter=owner,
+        **shape,
+    )
+    forward: BlockForward
+    if plan.captured:
+        forward = stack.enter_context(
+            graphed_forward(
+                model, traits, **shape, adapter=owner, automatic=plan.automatic, call_key=plan.key
+            )
+        )
+    else:
+        if plan.fixed:
+            shape["slots"] = round_up(shape["slots"], VIEW_STEP)
+        forward = BlockForward(model, traits, **shape, fixed=plan.fixed)
+    if streamer is not None:
+        if batch > 1:
+            raise ValueError(
+                f"a streamer takes a batch of 1, but input_ids has {batch} rows; "
+                "generate the rows one by one or drop the streamer"
+            )
+        streamer.put(input_ids.cpu())
+    started = time.perf_counter()
+    if longest > 1:
+        with_room(model, lambda: forward.prefill(prompts[:, : longest - 1], lengths - 1))
+    seconds = time.perf_counter() - started
     sources: dict[str, Any] = dict(
         lookup=lookup, pool=pool, predictor=Predictor(processors, noise, forward.head)
     )

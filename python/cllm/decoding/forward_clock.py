@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +12,11 @@ import torch
 import cllm_kernels
 
 from ..adapter import Gate, GatedAdapter
+from .automatic import obstacle
+from .cache import VIEW_STEP, round_up
+from .config import Compile
 from .forward import BlockForward, Layout, choose_layout
+from .graphs import GraphedForward, on_device
 from .support import check_model, model_device
 
 
@@ -21,7 +25,8 @@ class ForwardClock:
 
     The prompt is read once, not once a width. A forward is the model's with its masks, the argmax
     of every row, and its transfer to the host, as in an iteration of decoding; what an iteration
-    does beside it takes a few launches of small kernels.
+    does beside it takes a few launches of small kernels. Of captured forwards the device's time
+    counts, as the host launches the next one meanwhile.
 
     Args:
         model: a transformers causal language model in eval mode.
@@ -30,6 +35,8 @@ class ForwardClock:
             included: attention's time depends on it.
         adapter: of gated forwards.
         batch: rows, which all hold the prompt.
+        compile: of the calls whose forwards these stand for, see `JacobiConfig`; None: from the
+            second call of a shape on.
 
     Raises:
         UnsupportedModelError, AdapterError: as `cllm.generate`.
@@ -43,8 +50,10 @@ class ForwardClock:
         room: int,
         adapter: GatedAdapter | None = None,
         batch: int = 1,
+        compile: Compile | None = "off",
     ):
         self._model = model
+        self._compile = compile
         self._adapter = adapter
         traits = check_model(model)
         ids = torch.tensor([list(prompt)] * batch, device=model_device(model))
@@ -64,15 +73,27 @@ class ForwardClock:
         )
         forward = self._forwards.get((gated, layout))
         if forward is None:
-            forward = BlockForward(
-                self._model, self._traits, batch=batch, slots=length + self._room,
-                device=self._tokens.device, position_limit=self._traits.context, layout=layout,
-            )  # fmt: skip
+            forward = self._forwards[gated, layout] = self._made(batch, length, layout)
             with layout.applied(self._model):
                 if length > 1:
                     forward.prefill(self._tokens[:, :-1], self._lengths)
-            self._forwards[gated, layout] = forward
         return forward, layout
+
+    def _made(self, batch: int, length: int, layout: Layout) -> BlockForward:
+        device = self._tokens.device
+        shape: dict[str, Any] = dict(
+            batch=batch, slots=length + self._room, device=device,
+            position_limit=self._traits.context, layout=layout,
+        )  # fmt: skip
+        without = self._compile == "off" or (
+            self._compile is None and obstacle(self._model, device, layout) is not None
+        )
+        if without:
+            return BlockForward(self._model, self._traits, **shape)
+        shape["slots"] = round_up(shape["slots"], VIEW_STEP)
+        forward = GraphedForward(self._model, self._traits, **shape)
+        forward.automatic = True  # the call itself tells where it fails
+        return forward
 
     def plain(self, rows: int, forwards: int) -> float:
         """Seconds of a forward over a window of `rows` tokens, the mean of so many."""
@@ -98,16 +119,38 @@ class ForwardClock:
         window = self._tokens[:, columns].contiguous()
         host_lengths = self._lengths.tolist()
         with ExitStack() as stack:
+            stack.enter_context(on_device(self._tokens.device))
             stack.enter_context(layout.applied(self._model))
             gate = Gate()
             if adapter and self._adapter is not None:
                 gate = stack.enter_context(self._adapter.applied(self._model))
-            started = time.perf_counter()
-            for _ in range(forwards):
+
+            def once() -> torch.Tensor:
                 if verify is None:
                     logits = forward.window(window, self._lengths, host_lengths)
                 else:
                     with gate.open(verify, window.shape[0], verify + width):
                         logits = forward.gated_window(window, verify, self._lengths, host_lengths)
-                cllm_kernels.row_argmax(logits)[0].tolist()
+                return cllm_kernels.row_argmax(logits)[0]
+
+            if isinstance(forward, GraphedForward):
+                forward.by_window = verify is None or adapter  # a capture has the adapter in it
+                once()  # captures
+                if window.is_cuda:
+                    return _device_seconds(once, forwards)
+            started = time.perf_counter()
+            for _ in range(forwards):
+                once().tolist()
             return (time.perf_counter() - started) / forwards
+
+
+def _device_seconds(run: Callable[[], Any], times: int) -> float:
+    """Seconds of the device for one `run`, the mean of so many."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / times

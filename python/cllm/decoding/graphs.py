@@ -3,33 +3,37 @@
 Every shape of a forward over a window is fixed: the cache has its full size from the start, masks
 and places are made on the device from the rows' lengths. So it is captured once and replayed with
 other tokens and lengths. Where nothing in an iteration needs the host, the graph holds all of it,
-see `static_loop`; else the forward alone (`GraphedForward.window`).
+see `static_loop`; else the forward alone (`GraphedForward.window`). Which calls get one is a
+matter of `automatic`.
 
 A model keeps its captures from one call to the next, `MOST_KEPT` of them, with the caches they
-write to. Where a capture fails the call goes on without one, says so once, and gives the same text.
+write to: `kept_bytes` says how much that is, `forget` lets go of it. Where a capture fails the call
+goes on without one, and gives the same text.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from cllm_kernels import current_backend
-
 from ..adapter import low_rank
 from ..linears import _terms
-from .attention import chosen_implementation
 from .cache import VIEW_STEP, round_up
+from .capturing import Capture, capture, on_device, short_of_memory
 from .forward import BlockForward, Layout
+from .graph_key import forward_key
+from .host_needs import NoHost
 from .support import ModelTraits
 
 if TYPE_CHECKING:
@@ -37,10 +41,12 @@ if TYPE_CHECKING:
 
 # Each holds a KV cache and the activations of a forward.
 MOST_KEPT = 4
+# Failures that are remembered of a model, so that nobody runs into them again.
+MOST_FAILURES = 64
 DEVICES = ("cuda",)
-_WARM_UP = 2
 
-Capture = tuple[torch.Tensor, Callable[[], Any]]
+logger = logging.getLogger("cllm")
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -58,40 +64,6 @@ class Captured:
     replay: Callable[[], Any]
 
 
-_capturing = threading.Lock()
-
-
-def capture(run: Callable[[], torch.Tensor]) -> Capture:
-    """The result of `run`, and what computes it anew in the same place.
-
-    Raises:
-        RuntimeError: `run` does what cannot be captured, or memory is short.
-    """
-    with _capturing:  # all captures are made on one stream
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):  # kernels are compiled
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with _own_workspace(), torch.cuda.graph(graph):
-            given = run()
-    return given, graph.replay
-
-
-@contextmanager
-def _own_workspace() -> Iterator[None]:
-    """cuBLAS keeps a workspace for each stream, and graphs are captured on the same one. What it
-    has from an earlier graph is in that graph's memory, and gone with it: it is to ask for memory
-    of the graph to come, and to forget it afterwards (pytorch/pytorch#193402)."""
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
-
-
 class GraphedForward(BlockForward):
     """A `BlockForward` that is captured, by the window or as a part of whole iterations.
 
@@ -99,6 +71,9 @@ class GraphedForward(BlockForward):
         by_window: a window is captured at its first forward and replayed from then on; False while
             whole iterations are captured, or could not be.
         iterations: those captured, by what is fixed in them; None: it could not be captured.
+        automatic: nobody asked for a graph in the present call, or hears where there is none.
+        key: of the present call, under which a failure is remembered; None: it is not.
+        stays: is kept for further calls.
 
     Args:
         others: those of `BlockForward`.
@@ -109,6 +84,9 @@ class GraphedForward(BlockForward):
         self.model: Any = self.model
         self.adapter: Any = None
         self.by_window = True
+        self.automatic = False
+        self.key: tuple | None = None
+        self.stays = True
         self.iterations: OrderedDict[tuple, StaticIteration | None] = OrderedDict()
         self._captured: dict[tuple[int | None, ...], Captured | None] = {}
 
@@ -151,8 +129,10 @@ class GraphedForward(BlockForward):
         key = (verify, *tokens.shape[1:])
         if key not in self._captured:
             own = tokens.clone(), lengths.clone()
-            found = self.attempt(lambda: run(*own), f"forward over {list(tokens.shape)} tokens")
-            self._captured[key] = None if found is None else Captured(*own, *found)
+            self._captured[key] = self.attempt(
+                lambda: Captured(*own, *self.captured(lambda: run(*own))),
+                f"forward over {list(tokens.shape)} tokens",
+            )
         captured = self._captured[key]
         if captured is None:
             return run(tokens, lengths)
@@ -161,24 +141,59 @@ class GraphedForward(BlockForward):
         captured.replay()
         return captured.given
 
-    def attempt(self, run: Callable[[], torch.Tensor], what: str) -> Capture | None:
-        """`capture` of something that runs this forward; None, and a warning, where that fails.
+    def captured(self, run: Callable[[], torch.Tensor]) -> Capture:
+        """`capture` of something that runs this forward.
+
+        Raises:
+            RuntimeError, ValueError: it cannot be captured, or memory is short.
+        """
+        self._refuse()
+        if self.automatic:
+            run()  # what is made once, an adapter's casts on the device, say, is not to count
+            with NoHost():
+                run()
+        given, replay = capture(run)
+        return given, partial(_replayed, replay, _surroundings(self.model))
+
+    def attempt(self, make: Callable[[], Made], what: str) -> Made | None:
+        """What `make` makes by way of `captured`; None where that fails. Whoever asked for a graph
+        is warned then.
 
         Args:
             what: names it in the warning.
         """
         try:
-            self._refuse()
-            given, replay = capture(run)
+            return make()
         except (RuntimeError, ValueError, AttributeError, TypeError) as failure:
             reason = str(failure).strip().splitlines() or ["no message"]
-            warnings.warn(
-                f"compile='graph': the {what} of {type(self.model).__name__} could not be captured "
-                f"and goes on without a graph ({type(failure).__name__}: {reason[0]})",
-                stacklevel=2,
-            )
-            return None
-        return given, partial(_replayed, replay, _surroundings(self.model))
+            told = f"({type(failure).__name__}: {reason[0]})"
+            short = short_of_memory(failure)
+        # not while the failure is handled, which holds what was allocated on the way to it
+        self._go_without(f"the {what} of {type(self.model).__name__}", told, short)
+        return None
+
+    def _go_without(self, what: str, reason: str, short: bool) -> None:
+        """Remember and tell that there is no capture; where memory was short, there is none of this
+        model any more."""
+        if short:
+            self.iterations.clear()
+            self._captured.clear()
+            let_go(self.model)
+        made = (*self.iterations.values(), *self._captured.values())
+        self.stays = not short and (not self.automatic or any(one is not None for one in made))
+        if self.key is not None and (short or self.automatic):
+            with _lock:
+                failures = _failed.setdefault(self.model, OrderedDict())
+                failures[self.key] = None
+                while len(failures) > MOST_FAILURES:
+                    failures.popitem(last=False)
+        if self.automatic:
+            logger.info("%s could not be captured and goes on without a graph %s", what, reason)
+            return
+        warnings.warn(
+            f"compile='graph': {what} could not be captured and goes on without a graph {reason}",
+            stacklevel=2,
+        )
 
     def _refuse(self) -> None:
         """Raises ValueError for what a capture would take down wrongly."""
@@ -214,48 +229,28 @@ def _surroundings(model: Any) -> list[Any]:
     return found
 
 
-def _tuner_states(model: Any) -> list[tuple[bool, str, bool, str]]:
-    """Which adapters the PEFT layers of `model` apply, and how much; to switch them changes no
-    address."""
-    return [
-        (
-            *(module._disable_adapters, str(module.active_adapters), module.merged),
-            str(getattr(module, "scaling", None)),
-        )
-        for module in model.modules()
-        if hasattr(module, "_disable_adapters")
-    ]
-
-
-def _hooks(model: Any) -> tuple[int, ...]:
-    """Those that somebody else put on modules of `model`; an adapter's are not among them."""
-    return tuple(
-        id(hook)
-        for module in model.modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if getattr(hook, "__module__", None) != low_rank.__name__
-    )
-
-
-def _adapter_state(adapter: Any) -> int | None:
-    """Where its weights are and how often they were changed in place; an adapter made anew around
-    the same tensors has the same captures."""
-    if adapter is None:
-        return None
-    pairs = adapter.weights.items()
-    return hash(
-        tuple(
-            (name, pair.scaling, *((t.data_ptr(), low_rank.version(t)) for t in (pair.a, pair.b)))
-            for name, pair in pairs
-        )
-    )
-
-
 _lock = threading.Lock()
 # A forward that a call works with is not in here: nobody else may write to its cache.
 _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, GraphedForward]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+# Keys of calls that are not tried again.
+_failed: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, None]] = weakref.WeakKeyDictionary()
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether there are graphs on `device`."""
+    return device.type in DEVICES
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ValueError where there are no graphs."""
+    if not has_graphs(device):
+        raise ValueError(
+            f"compile='graph' needs a CUDA device, but the model is on {device}; leave compile out"
+        )
 
 
 @contextmanager
@@ -270,57 +265,42 @@ def graphed_forward(
     layout: Layout,
     head: Any = None,
     adapter: Any = None,
+    automatic: bool = False,
+    call_key: tuple | None = None,
 ) -> Iterator[GraphedForward]:
     """A forward for one call, with the captures of earlier calls of its shape.
 
     Args:
         adapter: whose weights gated forwards add.
+        automatic, call_key: see `GraphedForward`.
         others: of `BlockForward`.
 
     Raises:
         ValueError: not on a GPU.
     """
-    if device.type not in DEVICES:
-        raise ValueError(
-            f"compile='graph' needs a CUDA device, but the model is on {device}; leave compile out"
-        )
-    slots = round_up(slots, VIEW_STEP)
-    # a capture reads weights by their address, and the adapter's, which it therefore keeps alive
-    weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
-    # what else decides which kernels run, and whether calls may write to each other's tensors
-    modes = (
-        chosen_implementation(model.config.get_text_config()),
-        current_backend(),
-        torch.is_autocast_enabled(device.type),
-        torch.is_inference_mode_enabled(),
-        *_tuner_states(model),
-        _hooks(model),
-        _adapter_state(adapter),
+    check_device(device)
+    shape: dict[str, Any] = dict(
+        batch=batch,
+        slots=round_up(slots, VIEW_STEP),
+        device=device,
+        position_limit=position_limit,
+        layout=layout,
+        head=head,
     )
-    key = (
-        *(batch, slots, device, position_limit, layout, head is None, weights),
-        *modes,
-    )
+    key = forward_key(model, **shape, adapter=adapter)
     with _lock:
         forward = _kept.setdefault(model, OrderedDict()).pop(key, None)
     if forward is None:
-        forward = GraphedForward(
-            model,
-            traits,
-            batch=batch,
-            slots=slots,
-            device=device,
-            position_limit=position_limit,
-            layout=layout,
-            head=head,
-        )
-        forward.adapter = adapter
-    forward.model, forward.by_window = model, True
-    # streams, and with them captures, are those of the current device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        forward = GraphedForward(model, traits, **shape)
+        forward.adapter = adapter  # whose tensors a capture reads
+    forward.model, forward.by_window, forward.stays = model, True, True
+    forward.automatic, forward.key = automatic, call_key
+    with on_device(device):
         yield forward
     # only whole calls put it back: one that failed may have failed in a capture
     forward.model = None  # or the model would be kept alive by what it is the key of
+    if not forward.stays:
+        return
     with _lock:
         kept = _kept.setdefault(model, OrderedDict())
         kept[key] = forward
@@ -328,10 +308,36 @@ def graphed_forward(
             kept.popitem(last=False)
 
 
+def failed(model: Any, call_key: tuple) -> bool:
+    """Whether a capture for such a call is known to fail."""
+    with _lock:
+        return call_key in _failed.get(model, ())
+
+
 def forget(model: Any) -> None:
-    """Let go of all captures of `model`, and of their memory."""
+    """Let go of all captures of `model` and of their memory, and of what is known to fail."""
     with _lock:
         _kept.pop(model, None)
+        _failed.pop(model, None)
+
+
+def let_go(model: Any) -> None:
+    """Make room: all captures of `model` go, and their memory back to the device."""
+    with _lock:
+        _kept.pop(model, None)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def with_room(model: Any, run: Callable[[], None]) -> None:
+    """`run`; where memory is short, once more without the captures that `model` keeps."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not kept_bytes(model):
+            raise
+    let_go(model)
+    return run()
 
 
 def kept_bytes(model: Any) -> int:

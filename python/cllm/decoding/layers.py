@@ -110,6 +110,11 @@ def _untouched(module: Any) -> bool:
     return own and not any(getattr(module, name) for name in hooks)
 
 
+def replaced(module: torch.nn.Module) -> bool:
+    """Whether the forward of `module` is a native layer's right now."""
+    return module in _users
+
+
 @contextmanager
 def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     """Let the decoder layers of `model` run as `decoder_layer` over the windows of a `RaggedCache`,

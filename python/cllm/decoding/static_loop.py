@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from .cache import VIEW_STEP, round_up
-from .graphs import MOST_KEPT, Capture, GraphedForward
+from .capturing import Capture
+from .config import JacobiConfig
+from .graphs import MOST_KEPT, GraphedForward
 from .lookup import Lookup
 from .loop import DecodingLoop, HostView, WindowIteration, WindowState
 from .stopping import StopRules
@@ -121,14 +123,17 @@ class StaticIteration:
         self._captured: Capture | None = None
         self._readback = Readback(torch.Size((batch, 4)), own.sequences.device)
 
-    def capture(self, call: WindowIteration, forward: GraphedForward) -> bool:
-        """Capture the iteration; False, with a warning, where that fails. `call` is as before then,
-        but for places of its cache that its next forward overwrites."""
+    def captured(self, call: WindowIteration, forward: GraphedForward) -> StaticIteration:
+        """This, with the capture of the iteration. `call` is left as it is, but for places of its
+        cache that its next forward overwrites.
+
+        Raises:
+            RuntimeError, ValueError: as `GraphedForward.captured`.
+        """
         self.enter(call)
         self.state.done.fill_(True)  # runs before the capture commit nothing
-        shape = list(call.state.window.shape)
-        self._captured = forward.attempt(self._run, f"iteration over {shape} tokens")
-        return self._captured is not None
+        self._captured = forward.captured(self._run)
+        return self
 
     def enter(self, call: WindowIteration) -> WindowIteration:
         """`call`, which a capture was made for, on these buffers, which take over its state."""
@@ -193,6 +198,35 @@ def _stop_places(state: WindowState) -> int:
     return round_up(max(1, state.stop_ids.shape[0]), _STOP_IDS)
 
 
+def iteration_key(
+    kind: type,
+    state: WindowState,
+    config: JacobiConfig,
+    *,
+    verify: int | None,
+    lookup: Lookup | None,
+    pooled: bool,
+) -> tuple:
+    """What is fixed in a captured iteration beside its forward.
+
+    Args:
+        kind: of the iteration; others: its attributes.
+    """
+    return (
+        kind,
+        round_up(state.sequences.shape[1], _COLUMNS),
+        config.width,
+        config.candidates,
+        verify,
+        config.mode,
+        config.accept,
+        None if lookup is None else (lookup.longest, lookup.least),
+        pooled,
+        state.fill is None,
+        _stop_places(state),
+    )
+
+
 def static_iteration(forward: GraphedForward, call: WindowIteration) -> StaticIteration | None:
     """The capture of whole iterations like `call`, made where there is none yet.
 
@@ -203,24 +237,19 @@ def static_iteration(forward: GraphedForward, call: WindowIteration) -> StaticIt
     predictor, config = call.predictor, call.config
     if predictor.processors or predictor.noise is not None or config.record_trajectories:
         return None
-    state, lookup = call.state, call.lookup
-    key = (
+    key = iteration_key(
         type(call),
-        round_up(state.sequences.shape[1], _COLUMNS),
-        config.width,
-        config.candidates,
-        call.verify,
-        config.mode,
-        config.accept,
-        None if lookup is None else (lookup.longest, lookup.least),
-        call.pool is None,
-        state.fill is None,
-        _stop_places(state),
+        call.state,
+        config,
+        verify=call.verify,
+        lookup=call.lookup,
+        pooled=call.pool is not None,
     )
     forward.by_window = False
     if key not in forward.iterations:
-        made = StaticIteration(call)
-        forward.iterations[key] = made if made.capture(call, forward) else None
+        what = f"iteration over {list(call.state.window.shape)} tokens"
+        made = forward.attempt(lambda: StaticIteration(call).captured(call, forward), what)
+        forward.iterations[key] = made
         while len(forward.iterations) > MOST_KEPT:
             forward.iterations.popitem(last=False)
     forward.iterations.move_to_end(key)

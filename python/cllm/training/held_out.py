@@ -63,7 +63,10 @@ class HeldOut:
         manifest = getattr(dataset, "manifest", None)
         block = args.eval_block_size or getattr(manifest, "block_size", None)
         self._settings: dict[str, Any] = {
-            "config": JacobiConfig(block_size=block or _BLOCK_SIZE, seed=args.seed, lookup=0),
+            # captures would keep memory that training needs
+            "config": JacobiConfig(
+                block_size=block or _BLOCK_SIZE, seed=args.seed, lookup=0, compile="off"
+            ),
             "max_new_tokens": args.eval_max_new_tokens,
             "batch_size": args.per_device_eval_batch_size,
         }

@@ -1,0 +1,51 @@
+"""Operations that a stream which is being captured cannot do, seen before it is captured.
+
+A capture that fails on one of them leaves marks in torch (the stream, the generator of random
+numbers). Where nobody asked for a capture there are to be none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# results or shapes that depend on values
+_READS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
+_INDEXED = {"_index_put_impl_", "index", "index_put", "index_put_"}
+_COPIES = {"_to_copy", "copy_"}
+
+
+class NoHost(TorchDispatchMode):
+    """What runs in it may not need the host: RuntimeError, with the operation's name."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _needs_host(function._opname, args, kwargs):
+            raise RuntimeError(f"{function} needs the host")
+        return function(*args, **kwargs)
+
+
+def _needs_host(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in _READS:
+        return True
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    if name in _INDEXED:
+        places = [place for place in args[1] if place is not None]
+        return any(place.dtype in (torch.bool, torch.uint8) for place in places)
+    if name in _COPIES:
+        other = args[1].device if name == "copy_" else kwargs.get("device")
+        return other is not None and torch.device(other).type != args[0].device.type
+    return False
