@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
 MOST_ROWS = 64  # above, torch's own product
+_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps")
 _LANES = 128  # pieces that a tile's first bytes are asked for in
 
 
@@ -132,42 +133,44 @@ def block_linear_tiles_kernel(
     real_row = row < rows
     real_column = column < columns
     # One number of 64 bits for the tile; inside it 32 bits reach anywhere.
-    x_offset = row[:, None] * width
-    weight_offset = tl.arange(0, BLOCK_N)[None, :] * width
+    x_offset = row[None, :] * width
+    weight_offset = tl.arange(0, BLOCK_N)[:, None] * width
     weight_tile = weight_ptr + first_column.to(tl.int64) * width
     other_tile = other_ptr + other_column.to(tl.int64) * width
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Columns down, rows across: tensor cores want 16 to 64 of what stands down and are content with
+    # 8 across, and a warp reads a weight of its own but all of x out of shared memory.
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    other = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, width, BLOCK_K):
         feature = start + tl.arange(0, BLOCK_K)
-        x_mask = real_row[:, None]
-        weight_mask = real_column[None, :]
+        x_mask = real_row[None, :]
+        weight_mask = real_column[:, None]
         if not EVEN_K:
-            x_mask = x_mask & (feature < width)[None, :]
-            weight_mask = weight_mask & (feature < width)[:, None]
-        x = tl.load(x_ptr + x_offset + feature[None, :], mask=x_mask, other=0.0)
-        weight_place = weight_tile + weight_offset + feature[:, None]
+            x_mask = x_mask & (feature < width)[:, None]
+            weight_mask = weight_mask & (feature < width)[None, :]
+        x = tl.load(x_ptr + x_offset + feature[:, None], mask=x_mask, other=0.0)
+        weight_place = weight_tile + weight_offset + feature[None, :]
         if EVEN_N and EVEN_K:
             weight = tl.load(weight_place)
         else:
             weight = tl.load(weight_place, mask=weight_mask, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
         if PAIRED:
-            other_place = other_tile + weight_offset + feature[:, None]
+            other_place = other_tile + weight_offset + feature[None, :]
             if EVEN_N and EVEN_K:
                 weight = tl.load(other_place)
             else:
                 weight = tl.load(other_place, mask=weight_mask, other=0.0)
-            other = tl.dot(x, weight, other, input_precision="ieee")
+            other = tl.dot(weight, x, other, input_precision="ieee")
     kind = out0_ptr.dtype.element_ty
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)[:, None]
         if PAIRED:
             other_bias_ptr = bias1_ptr if SWIGLU else bias_ptr + HALF
             bias = tl.load(other_bias_ptr + column, mask=real_column, other=0.0)
-            other += bias.to(tl.float32)[None, :]
-    place = row.to(tl.int64)[:, None] * columns + column[None, :]
-    stored = real_row[:, None] & real_column[None, :]
+            other += bias.to(tl.float32)[:, None]
+    place = row.to(tl.int64)[None, :] * columns + column[:, None]
+    stored = real_row[None, :] & real_column[:, None]
     out, second = acc.to(kind), other.to(kind)
     if SWIGLU:
         out = silu_mul(out.to(tl.float32), second.to(tl.float32), kind)
@@ -176,7 +179,7 @@ def block_linear_tiles_kernel(
         out = (add.to(tl.float32) + out.to(tl.float32)).to(kind)
     if HALF > 0:
         if tile < end1:
-            angle = (row % places)[:, None] * (2 * HALF) + (column % (2 * HALF))[None, :]
+            angle = (row % places)[None, :] * (2 * HALF) + (column % (2 * HALF))[:, None]
             cos_low = tl.load(cos_ptr + angle, mask=stored, other=0.0).to(tl.float32)
             cos_high = tl.load(cos_ptr + angle + HALF, mask=stored, other=0.0).to(tl.float32)
             sin_low = tl.load(sin_ptr + angle, mask=stored, other=0.0).to(tl.float32)
@@ -196,13 +199,12 @@ def block_linear_tiles_kernel(
 
 def tile_shape(rows: int, columns: int, width: int, paired: bool = False) -> dict[str, int]:
     """Tile sizes and launch options for so many rows, and columns in all, and inputs."""
-    return {
-        "BLOCK_M": 16 if rows <= 16 else 32,
-        "BLOCK_N": 16 if paired or columns <= 1024 else 32,
-        "BLOCK_K": 128,
-        "num_warps": 4,
-        "num_stages": 5,
-    }
+    block_m = max(8, min(MOST_ROWS, triton.next_power_of_2(rows)))
+    if columns * width < 1 << 22:  # so few weights that tiles are too few
+        shape = (16, 64, 6) if paired else (16, 128, 5)
+        return dict(zip(_TILE, (block_m, *shape, 1), strict=True))
+    shape = (64, 64, 4) if paired else (64, 128, 4)
+    return dict(zip(_TILE, (block_m, *shape, 4), strict=True))
 
 
 def ahead_of(width: int, block_n: int) -> int:

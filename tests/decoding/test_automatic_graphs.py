@@ -240,9 +240,12 @@ def test_a_failure_is_quiet_and_not_run_into_again(played, monkeypatch, caplog):
     called(model, inputs, block_size=5)
     called(model, inputs, block_size=5)
     assert len(tried) == 2  # another shape
+    with pytest.warns(UserWarning, match="operation not permitted"):  # who asks hears of it
+        called(model, inputs, compile="graph")
+    assert len(tried) == 3
     graphs.forget(model)
     called(model, inputs)
-    assert len(tried) == 3
+    assert len(tried) == 4
 
 
 def test_what_needs_the_host_is_not_captured(played, monkeypatch, caplog):

@@ -90,7 +90,7 @@ def plan_call(
     of_forward = forward_key(model, **shape, adapter=adapter)
     key = of_forward, iteration
     before = _note(model, key)
-    if failed(model, key):
+    if failed(model, key, automatic=compile is None):
         return Plan(fixed=True)
     if compile == "graph":
         return Plan(fixed=True, captured=True, key=key)

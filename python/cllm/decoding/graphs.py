@@ -184,7 +184,7 @@ class GraphedForward(BlockForward):
         if self.key is not None and (short or self.automatic):
             with _lock:
                 failures = _failed.setdefault(self.model, OrderedDict())
-                failures[self.key] = None
+                failures[self.key] = not self.automatic or failures.get(self.key, False)
                 while len(failures) > MOST_FAILURES:
                     failures.popitem(last=False)
         if self.automatic:
@@ -236,8 +236,8 @@ _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, GraphedForward]] = (
 )
 
 
-# Keys of calls that are not tried again.
-_failed: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, None]] = weakref.WeakKeyDictionary()
+# Keys of calls that are not tried again; whether somebody who asked for graphs was told.
+_failed: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -308,10 +308,12 @@ def graphed_forward(
             kept.popitem(last=False)
 
 
-def failed(model: Any, call_key: tuple) -> bool:
-    """Whether a capture for such a call is known to fail."""
+def failed(model: Any, call_key: tuple, automatic: bool) -> bool:
+    """Whether a capture for such calls is not to be tried again: one failed, of which whoever asks
+    for graphs was told."""
     with _lock:
-        return call_key in _failed.get(model, ())
+        told = _failed.get(model, {}).get(call_key)
+        return told is not None and (told or automatic)
 
 
 def forget(model: Any) -> None:
