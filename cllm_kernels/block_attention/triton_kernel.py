@@ -9,8 +9,6 @@ does not reach return at once; a second kernel adds the others in order, without
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -272,25 +270,19 @@ def combine_shape(padded: int) -> dict[str, int]:
     return {"BLOCK_R": 4 if padded <= 128 else 2, "num_warps": 4}
 
 
-_SHORTEST_SPLIT = 256  # slots: below, writing and adding up the parts costs more than it spreads
+# Slots of a split: below, writing and adding up the parts costs more than it spreads. A multiple of
+# every BLOCK_N.
+_SPLIT_SLOTS = 512
+_MOST_SPLITS = 64  # of a cache; of a longer one splits are longer
 
 
-def split_plan(programs: int, slots: int, block_n: int, processors: int) -> tuple[int, int]:
-    """(splits, slots per split) for `programs` programs that share nothing else.
-
-    From sizes that the host knows; the lengths stay on the device. Four programs per processor
-    keep all of them busy although ragged rows end early.
-    """
-    wanted = min(triton.cdiv(4 * processors, programs), triton.cdiv(slots, _SHORTEST_SPLIT))
-    split_slots = triton.cdiv(triton.cdiv(slots, max(wanted, 1)), block_n) * block_n
-    return triton.cdiv(slots, split_slots), split_slots
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 64
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def split_size(slots: int) -> int:
+    """Slots per split of a cache of so many. They depend on nothing else: not on the tokens of the
+    block or the rows of the batch, so that a token's sums are the same in any company."""
+    size = _SPLIT_SLOTS
+    while size * _MOST_SPLITS < slots:
+        size *= 2
+    return size
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -313,7 +305,7 @@ def block_attention(
     *,
     split_slots: int | None = None,
 ) -> Tensor:
-    """Launches the kernels; nothing is read back. `split_slots` overrides `split_plan` (tests)."""
+    """Launches the kernels; nothing is read back. `split_slots` overrides `split_size` (tests)."""
     batch, heads, n, width = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
     out = empty_output(q)
@@ -329,11 +321,9 @@ def block_attention(
     if window is not None:
         slots = min(slots, window + n)
     if split_slots is None:
-        programs = batch * kv_heads * q_tiles
-        splits, split_slots = split_plan(programs, slots, shape["BLOCK_N"], _processors(q.device))
-    else:
-        split_slots = triton.cdiv(split_slots, shape["BLOCK_N"]) * shape["BLOCK_N"]
-        splits = triton.cdiv(slots, split_slots)
+        split_slots = split_size(slots if window is None else min(capacity, window))
+    split_slots = triton.cdiv(split_slots, shape["BLOCK_N"]) * shape["BLOCK_N"]
+    splits = triton.cdiv(slots, split_slots)
     if window is not None and splits > 1:
         splits += 1  # a window need not begin where a split does
     lines = (batch * kv_heads, splits, groups * n)

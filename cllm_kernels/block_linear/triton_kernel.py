@@ -2,55 +2,28 @@
 
 A product of few rows is the time in which its weight is read. So a launch reads the weights of all
 layers that take the same input, each once, and does in its last step what would read the result
-again: the bias, SwiGLU, the residual. On Hopper and later its first step runs while the kernel
-before it ends: it asks for the beginning of its weights, which depend on nobody
-(`_triton.chained`).
+again: the bias, SwiGLU, rotary positions, the residual.
 
-A row's sums are made in the same order beside any other rows of its tile.
+A row's sums are made in the same order beside any other rows, for any number of them and in every
+tile: in steps of the tensor cores' 16 inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
+from triton.runtime import driver
 
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
 MOST_ROWS = 64  # above, torch's own product
-_TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps")
-_LANES = 128  # pieces that a tile's first bytes are asked for in
-
-
-@triton.jit
-def ask_for_weights(
-    weight_ptr,  # [columns, width]
-    first_column,
-    columns,
-    width,
-    BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,  # elements of every row of the tile, a multiple of 8 * LANES / BLOCK_N
-    LANES: tl.constexpr,
-):
-    """Has the first elements of a tile's rows brought to L2, without waiting for them."""
-    lane = tl.arange(0, LANES)
-    parts: tl.constexpr = LANES // BLOCK_N
-    size: tl.constexpr = AHEAD // parts
-    row = tl.minimum(first_column + lane // parts, columns - 1).to(tl.int64)
-    place = weight_ptr + row * width + (lane % parts) * size
-    # bytes: the elements have two each
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [place, tl.full([LANES], 2 * size, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+SHARED = 227 * 1024  # bytes of shared memory that a block may have on an H100
 
 
 @triton.jit
@@ -102,9 +75,7 @@ def block_linear_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,  # see `ask_for_weights`; 0: none
     PDL: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     # Programs that share a tile of a weight are neighbours, so it comes from memory once.
     tile = tl.program_id(1)
@@ -123,10 +94,6 @@ def block_linear_tiles_kernel(
     if HALF > 0:
         first_column += (tile - begin) // (HALF // BLOCK_N) * HALF
         other_ptr, other_column = weight_ptr, first_column + HALF
-    if AHEAD > 0:
-        ask_for_weights(weight_ptr, first_column, columns, width, BLOCK_N, AHEAD, LANES)
-        if PAIRED:
-            ask_for_weights(other_ptr, other_column, columns, width, BLOCK_N, AHEAD, LANES)
     await_inputs(PDL)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
@@ -197,20 +164,57 @@ def block_linear_tiles_kernel(
     tl.store(out_ptr + place, out, mask=stored)
 
 
-def tile_shape(rows: int, columns: int, width: int, paired: bool = False) -> dict[str, int]:
-    """Tile sizes and launch options for so many rows, and columns in all, and inputs."""
-    block_m = max(8, min(MOST_ROWS, triton.next_power_of_2(rows)))
-    if columns * width < 1 << 22:  # so few weights that tiles are too few
-        shape = (16, 64, 6) if paired else (16, 128, 5)
-        return dict(zip(_TILE, (block_m, *shape, 1), strict=True))
-    shape = (64, 64, 4) if paired else (64, 128, 4)
-    return dict(zip(_TILE, (block_m, *shape, 4), strict=True))
+# What measured best on an H200, see docs/performance.md: BLOCK_N, BLOCK_K, stages, warps. Small
+# layers are those of models of some hundred million weights; long ones have more than twice as many
+# inputs as columns.
+_TILES = {
+    "small": (16, 128, 5, 1),
+    "small long": (16, 256, 4, 1),
+    "small swiglu": (16, 64, 6, 1),
+    "small turned": (16, 64, 6, 1),
+    "large": (64, 128, 6, 4),
+    "large long": (16, 256, 5, 1),
+    "large swiglu": (64, 64, 4, 4),
+    "large turned": (64, 128, 4, 4),
+}
 
 
-def ahead_of(width: int, block_n: int) -> int:
-    """Elements of each row of a tile that are asked for before its inputs are there; 0: none."""
-    step = 8 * _LANES // block_n  # so that every lane has a multiple of 16 bytes
-    return min(1024, width) // step * step
+def tile_shape(
+    rows: int,
+    columns: int,
+    width: int,
+    *,
+    swiglu: bool = False,
+    turned: bool = False,
+    shared: int = SHARED,
+) -> dict[str, int]:
+    """Tile sizes and launch options for so many rows, and columns in all, and inputs.
+
+    No shape of these changes a bit of the result.
+
+    Args:
+        shared: bytes of shared memory that a block may have; where it is less than an H100's, less
+            is on its way at once.
+    """
+    size = "small" if columns * width < 1 << 22 else "large"
+    kind = "turned" if turned else "swiglu" if swiglu else "long" if width > 2 * columns else ""
+    n, k, stages, warps = _TILES[f"{size} {kind}".strip()]
+    if width % k:
+        k = 64
+    m = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
+    step = 2 * k * (m + (2 * n if swiglu or turned else n))  # bytes
+    while stages > 2 and stages * step > shared - 1024:
+        stages -= 1
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_stages": stages, "num_warps": warps}
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return SHARED
+    found: int = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return found
 
 
 def takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -231,10 +235,8 @@ def takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def turns(rows: int, columns: int, width: int, head_size: int) -> bool:
     """Whether `few_rows` can turn heads of this size: a half of one is whole tiles."""
-    return (
-        head_size % 2 == 0
-        and (head_size // 2) % tile_shape(rows, columns, width, True)["BLOCK_N"] == 0
-    )
+    block_n = tile_shape(rows, columns, width, turned=True)["BLOCK_N"]
+    return head_size % 2 == 0 and (head_size // 2) % block_n == 0
 
 
 def few_rows(
@@ -255,7 +257,9 @@ def few_rows(
     outs = [x.new_empty((*x.shape[:-1], size)) for size in (columns[:1] if swiglu else columns)]
     has_bias = biases[0] is not None
     half = 0 if turn is None else turn[0].shape[-1] // 2
-    shape = tile_shape(rows, sum(columns), width, swiglu or half > 0)
+    shape = tile_shape(
+        *(rows, sum(columns), width), swiglu=swiglu, turned=half > 0, shared=_shared(x.device)
+    )
     block_n, block_k = shape["BLOCK_N"], shape["BLOCK_K"]
     ends: list[int] = []
     for size in columns[: len(outs)]:
@@ -288,8 +292,6 @@ def few_rows(
             HAS_ADD=add is not None,
             EVEN_N=all(size % block_n == 0 for size in columns),
             EVEN_K=width % block_k == 0,
-            AHEAD=ahead_of(width, block_n) if chain["PDL"] else 0,
-            LANES=_LANES,
             **chain,
             **shape,
             **FUSION,

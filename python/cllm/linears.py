@@ -53,18 +53,23 @@ _changes = 0  # how often `_terms` has changed
 
 
 @contextmanager
-def block_linears(model: torch.nn.Module) -> Iterator[None]:
+def block_linears(
+    model: torch.nn.Module, others: Sequence[torch.nn.Module | None] = ()
+) -> Iterator[None]:
     """Let the linear layers of `model` that are on a CPU take up to `MOST_ROWS` rows through
     `cllm_kernels.block_linear`, for a while.
 
     Only layers that are `fusable`. The last concurrent call to leave puts the layers' own forward
     back.
+
+    Args:
+        others: those for which that holds on a GPU, too.
     """
     with _lock:
         chosen: list[Any] = [
             module for module in model.modules() if module in _users or fusable(module)
         ]
-        chosen = [module for module in chosen if module.weight.is_cpu]
+        chosen = [m for m in chosen if m.weight.is_cpu or any(m is other for other in others)]
         for module in chosen:
             _enter(module)
             _blocks[module] = _blocks.get(module, 0) + 1

@@ -41,8 +41,11 @@ class Layout:
     def applied(self, model: Any) -> Iterator[None]:
         """What surrounds every forward: the attention, and linear layers made for few rows."""
         with ExitStack() as stack:
-            stack.enter_context(block_linears(model))
-            if self.attention == "native":
+            native = self.attention == "native"
+            # where a token's bits are its own in every layer they are to stay so behind them
+            head = [model.get_output_embeddings()] if native else []
+            stack.enter_context(block_linears(model, head))
+            if native:
                 stack.enter_context(native_layers(model, check_model(model)))
             if self.attention != "own":
                 eager = ("eager",) if self.attention == "block" else ()

@@ -2,29 +2,35 @@ from __future__ import annotations
 
 from cllm_kernels._triton import FUSION
 from cllm_kernels.block_linear.triton_kernel import (
-    _LANES,
-    ahead_of,
     block_linear_tiles_kernel,
     tile_shape,
 )
 from tests.kernels.aot import FLOATS
 
 POINTERS = [name for name in block_linear_tiles_kernel.arg_names if name.endswith("_ptr")]
-# (outputs, swiglu, half, bias, add)
-KINDS = [(1, False, 0, False, True), (3, False, 0, True, False), (1, True, 0, False, False)]
-KINDS += [(3, False, 32, False, False)]
+# (outputs, swiglu, turned, bias, add)
+KINDS = [
+    (1, False, False, False, True),
+    (3, False, False, True, False),
+    (1, True, False, False, False),
+]
+KINDS += [(3, False, True, False, False)]
 
 
 def variants():
     for short in FLOATS:
         if short == "fp32":
             continue
-        for count, swiglu, half, bias, add in KINDS:
+        for count, swiglu, turned, bias, add in KINDS:
             for rows, width, even in ((1, 4096, True), (32, 576, False)):
-                shape = tile_shape(rows, 4096, width, swiglu or half > 0)
+                shape = tile_shape(
+                    *(rows, 4096, width), swiglu=swiglu, turned=turned, shared=99 * 1024
+                )
                 launch = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
                 for early in (False, True):
-                    kind = f"outputs={count} swiglu={swiglu} half={half} rows={rows} early={early}"
+                    kind = (
+                        f"outputs={count} swiglu={swiglu} turned={turned} rows={rows} early={early}"
+                    )
                     yield (
                         f"block_linear tiles {short} {kind}",
                         block_linear_tiles_kernel,
@@ -32,14 +38,12 @@ def variants():
                         {
                             "COUNT": count,
                             "SWIGLU": swiglu,
-                            "HALF": half,
+                            "HALF": 64 * turned,
                             "HAS_BIAS": bias,
                             "HAS_ADD": add,
                             "EVEN_N": even,
                             "EVEN_K": even,
-                            "AHEAD": ahead_of(width, shape["BLOCK_N"]) if early else 0,
                             "PDL": early,
-                            "LANES": _LANES,
                             **shape,
                         },
                         {**launch, **FUSION},
