@@ -202,6 +202,8 @@ def tile_shape(
     if width % k:
         k = 64
     m = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
+    while k > 64 and m * k > 4096 * warps:  # or registers do not hold what a thread loads
+        k //= 2
     step = 2 * k * (m + (2 * n if swiglu or turned else n))  # bytes
     while stages > 2 and stages * step > shared - 1024:
         stages -= 1
@@ -226,10 +228,8 @@ def takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and width > 0
         and width % 16 == 0
         and 0 < x.numel() <= MOST_ROWS * width
-        and all(
-            weight.is_contiguous() and weight.data_ptr() % 16 == 0 and weight.shape[0] > 0
-            for weight in weights
-        )
+        and all(weight.is_contiguous() and weight.shape[0] > 0 for weight in weights)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, *weights))
     )
 
 
