@@ -12,6 +12,7 @@
     block_attention(...)  append a block to a ragged KV cache, attend to both
     decoder_layer(h, ...) a Llama-like layer over a block's few rows, in one native call
     decoder_layers(h, ..) all layers of a model that way
+    rms_norm(x, w)        the norm of such layers, whose bits on a GPU are each row's own
     block_linear(x, W)    a linear layer for a block's few rows, whose bits are each row's own
 
     backends()            what can run here, and why something cannot
@@ -43,6 +44,7 @@ from cllm_kernels.gumbel_noise import gumbel_noise
 from cllm_kernels.jacobi_step import jacobi_step
 from cllm_kernels.linear_argmax import linear_argmax
 from cllm_kernels.linear_consistency_loss import linear_consistency_loss
+from cllm_kernels.rms_norm import rms_norm
 from cllm_kernels.row_argmax import row_argmax
 
 __version__ = "0.1.0"
@@ -65,6 +67,7 @@ __all__ = [
     "jacobi_step",
     "linear_argmax",
     "linear_consistency_loss",
+    "rms_norm",
     "row_argmax",
     "use_backend",
 ]

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 OPS = (
     *("row_argmax", "jacobi_step", "guess_window", "guess_pool_add", "gumbel_noise"),
     *("linear_argmax", "block_attention", "block_linear", "decoder_layer"),
-    "linear_consistency_loss",
+    *("rms_norm", "linear_consistency_loss"),
 )
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import linear, silu
 
 from cllm_kernels.decoder_layer.checks import no_room
 from cllm_kernels.decoder_layer.weights import DecoderWeights
+from cllm_kernels.rms_norm.reference import rms_norm
 
 
 def decoder_layer(hidden: Tensor, *rest: Any) -> Tensor:
@@ -69,13 +70,6 @@ def layer(
     h = hidden + project(3, _attention(q, k_cache, v_cache, seen, scale))
     x = rms_norm(h, weights.mlp_norm, eps)
     return h + project(6, silu(project(4, x)) * project(5, x))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension: squares and quotient in fp32, or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,30 +30,9 @@ from cllm_kernels.block_linear.triton_kernel import (
 )
 from cllm_kernels.decoder_layer.triton_low_rank import add_low_rank
 from cllm_kernels.decoder_layer.weights import DecoderWeights
+from cllm_kernels.rms_norm.triton_kernel import rms_norm
 
 _GATED_BLOCK = 1024  # elements of a program of `silu_mul_kernel`
-
-
-@triton.jit
-def rms_norm_kernel(
-    x_ptr,  # [rows, width]
-    weight_ptr,  # [width]
-    out_ptr,  # [rows, width], written
-    width,
-    eps,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    await_inputs(PDL)
-    row = tl.program_id(0).to(tl.int64) * width
-    column = tl.arange(0, BLOCK)
-    real = column < width
-    kind = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row + column, mask=real, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
-    normed = (x * scale).to(kind).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row + column, (weight * normed).to(kind), mask=real)
 
 
 @triton.jit
@@ -119,26 +98,6 @@ def silu_mul_kernel(
     gate = tl.load(gate_ptr + place, mask=real, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + place, mask=real, other=0.0).to(tl.float32)
     tl.store(gate_ptr + place, silu_mul(gate, up, kind), mask=real)
-
-
-def norm_shape(width: int) -> dict[str, int]:
-    """Block and launch options of `rms_norm_kernel`: a row is one block."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
-
-
-def rms_norm(
-    x: Tensor,  # [B, n, H] contiguous
-    weight: Tensor,  # [H]
-    eps: float,
-) -> Tensor:
-    """[B, n, H]."""
-    out = torch.empty_like(x)
-    width = x.shape[-1]
-    rms_norm_kernel[(x.numel() // width,)](
-        *(x, weight, out), width, float(eps), **norm_shape(width), **chained(x), **FUSION
-    )
-    return out
 
 
 def turn(

@@ -42,6 +42,16 @@ def gumbel_noise() -> Iterator[Launch]:
         yield f"rows={rows}", lambda r=numbers: cllm_kernels.gumbel_noise(1, r, r, 5003)
 
 
+def rms_norm() -> Iterator[Launch]:
+    for dtype in DTYPES:
+        for width in (1, 71, 4096):
+            x, weight = random(3, 5, width, dtype=dtype), random(width, dtype=dtype)
+            yield (
+                f"{dtype} H={width}",
+                lambda x=x, w=weight: cllm_kernels.rms_norm(x, w, eps=1e-5),
+            )
+
+
 def block_linear() -> Iterator[Launch]:
     """Of 16 bits: fp32 is torch's own product."""
     for dtype in DTYPES[1:]:
@@ -237,6 +247,7 @@ def loss(dtype: torch.dtype, divergence: str, labelled: bool) -> tuple[torch.Ten
 LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "row_argmax": row_argmax,
     "gumbel_noise": gumbel_noise,
+    "rms_norm": rms_norm,
     "block_linear": block_linear,
     "decoder_layer": decoder_layer,
     "linear_argmax": linear_argmax,

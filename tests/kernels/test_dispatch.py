@@ -299,12 +299,13 @@ def test_what_is_reported():
         path.parent.name for path in Path(cllm_kernels.__file__).parent.glob("*/reference.py")
     }
     assert set(report) == folders
-    for devices in report.values():
+    for name, devices in report.items():
         assert set(devices) == {"cpu", "cuda"}
         for entry in devices.values():
             assert set(entry) == {*BACKENDS, "auto"}
         assert devices["cpu"]["reference"] is None
-        assert devices["cpu"]["auto"] == ("reference" if missing_reason() else "cpp")
+        native = "cpp" in registered()[name].implementations and not missing_reason()
+        assert devices["cpu"]["auto"] == ("cpp" if native else "reference")
         assert devices["cpu"]["cuda"]  # a reason, whatever the machine
     info = cllm_kernels.build_info()
     assert info["loaded"] == (missing_reason() is None)

@@ -4,7 +4,7 @@ A forward of few rows spends half of its time between its matrix products: in sm
 each of them too short to be worth its call. A layer of the Llama kind is one native call on a CPU
 here, and on a GPU a dozen launches instead of some forty. The model's own forward stays around it:
 embedding, rotary table, final norm, head, and every hook on the model; only `forward` of its
-decoder layers is another one meanwhile.
+decoder layers, and on a GPU that of its final norm, is another one meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.weights import LINEARS
 
 from ..linears import MOST_ROWS, active_terms, changes, fusable, gates
+from . import final_norm
 from .cache import BlockPlan, RaggedCache
 from .masks import CHUNKED
 from .support import ModelTraits
@@ -42,7 +43,7 @@ _LINEARS = (
 )
 
 _lock = threading.Lock()
-# layers whose forward is replaced right now -> by how many calls
+# layers and final norms whose forward is replaced right now -> by how many calls
 _users: dict[torch.nn.Module, int] = {}
 
 
@@ -111,20 +112,33 @@ def _untouched(module: Any) -> bool:
 
 
 def replaced(module: torch.nn.Module) -> bool:
-    """Whether the forward of `module` is a native layer's right now."""
+    """Whether the forward of `module` is that of a native layer or norm right now."""
     return module in _users
+
+
+def _norms(model: Any) -> list[Any]:
+    """The final norm of `model`, one of `decoder_layers`, if a kernel of `rms_norm` can stand for
+    it; else nothing."""
+    norm: Any = getattr(model.model, "norm", None)
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    if model.device.type not in final_norm.norm_devices or not _is(norm, family, "RMSNorm"):
+        return []
+    plain = type(norm.weight) is torch.nn.Parameter
+    return [norm] if plain and _untouched(norm) else []
 
 
 @contextmanager
 def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     """Let the decoder layers of `model` run as `decoder_layer` over the windows of a `RaggedCache`,
     for a while; on a CPU the first of them runs all, and the others hand on what it gave. Prompts,
-    and forwards without such a cache, go through the layers' own forward.
+    and forwards without such a cache, go through the layers' own forward. On a GPU the final norm
+    runs as `rms_norm`, in every forward.
 
-    The last concurrent call to leave puts the layers' own forward back.
+    The last concurrent call to leave puts the modules' own forward back.
     """
     layers = list(model.model.layers)
     with _lock:
+        norms = _norms(model)
         for layer in layers:
             native = getattr(layer.forward, "__self__", None)
             if isinstance(native, NativeLayer):
@@ -138,17 +152,20 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
             made[0].others = tuple(made[1:])
         for native in made:
             native.layer.forward = native.forward
-        for layer in layers:
-            _users[layer] = _users.get(layer, 0) + 1
+        for norm in norms:
+            if norm not in _users:
+                norm.forward = final_norm.NativeNorm(norm).forward
+        for module in (*layers, *norms):
+            _users[module] = _users.get(module, 0) + 1
     try:
         yield
     finally:
         with _lock:
-            for layer in layers:
-                _users[layer] -= 1
-                if not _users[layer]:
-                    del _users[layer]
-                    del layer.forward
+            for module in (*layers, *norms):
+                _users[module] -= 1
+                if not _users[module]:
+                    del _users[module]
+                    del module.forward
 
 
 def _stackable(model: Any, natives: list[NativeLayer]) -> bool:

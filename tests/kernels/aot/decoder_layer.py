@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from cllm_kernels._triton import FUSION
 from cllm_kernels.decoder_layer.triton_kernel import (
-    norm_shape,
-    rms_norm_kernel,
     rotary_kernel,
     silu_mul_kernel,
 )
@@ -17,17 +15,6 @@ from tests.kernels.aot import FLOATS
 
 def variants():
     for short, dtype in FLOATS.items():
-        names = ("x_ptr", "weight_ptr", "out_ptr")
-        types = dict.fromkeys(names, f"*{short}") | {"eps": "fp32"}
-        for width in (576, 4096):
-            options = dict(norm_shape(width))
-            yield (
-                f"decoder_layer norm {short} H={width}",
-                rms_norm_kernel,
-                types,
-                {"BLOCK": options["BLOCK"], "PDL": False},
-                {"num_warps": options["num_warps"], **FUSION},
-            )
         names = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr")
         types = dict.fromkeys(names, f"*{short}") | {"eps": "fp32"}
         for has_norm in (False, True):
