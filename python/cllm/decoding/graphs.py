@@ -312,7 +312,8 @@ def failed(model: Any, call_key: tuple, automatic: bool) -> bool:
     """Whether a capture for such calls is not to be tried again: one failed, of which whoever asks
     for graphs was told."""
     with _lock:
-        told = _failed.get(model, {}).get(call_key)
+        known = _failed.get(model) or OrderedDict()
+        told = known.get(call_key)
         return told is not None and (told or automatic)
 
 
