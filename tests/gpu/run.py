@@ -79,8 +79,9 @@ def built() -> dict[str, Any]:
 
 def run_tests(scratch: Path) -> dict[str, Any]:
     report = scratch / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/decoding", "-m", "gpu", "-q"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+    # by name as they end, so that a run that is cut off has said what failed; compiling takes time
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/decoding", "-m", "gpu", "-v"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}", "--timeout=300"]
     if find_spec("xdist"):  # most of the time is spent on compiling kernels
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     status = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
