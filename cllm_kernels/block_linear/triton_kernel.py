@@ -206,6 +206,8 @@ def tile_shape(
     m = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
     while k > 64 and m * k > 4096 * warps:  # or registers do not hold what a thread loads
         k //= 2
+    if (swiglu or turned) and m * n > 2048:  # two tiles of sums for a thread to hold
+        warps = 8
     step = 2 * k * (m + (2 * n if swiglu or turned else n))  # bytes
     while stages > 2 and stages * step > shared - 1024:
         stages -= 1
