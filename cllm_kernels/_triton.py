@@ -23,7 +23,9 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
 
 @cache
 def _starts_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def chained(tensor: Tensor) -> dict[str, Any]:

@@ -317,11 +317,11 @@ def block_attention(
     aligned = all(_aligned(t) for t in (k_new, v_new, k_cache, v_cache))
     shape = tile_shape(groups * n, padded, q.dtype, aligned)
     q_tiles = triton.cdiv(groups * n, shape["BLOCK_M"])
-    slots = max_length or capacity
+    slots = seen = max_length or capacity
     if window is not None:
-        slots = min(slots, window + n)
+        slots, seen = min(slots, window + n), min(slots, window)
     if split_slots is None:
-        split_slots = split_size(slots if window is None else min(capacity, window))
+        split_slots = split_size(seen)
     split_slots = triton.cdiv(split_slots, shape["BLOCK_N"]) * shape["BLOCK_N"]
     splits = triton.cdiv(slots, split_slots)
     if window is not None and splits > 1:

@@ -1,4 +1,4 @@
-"""Linear layers of few rows on a CPU, through `cllm_kernels.block_linear`.
+"""Linear layers of few rows on a CPU, and the head on a GPU, through `cllm_kernels.block_linear`.
 
 torch's own product of few rows reads the weights at less than half of the speed of memory, and the
 bits of a row change with the number of rows. Here neither is so: what one-token decoding and a
@@ -177,7 +177,8 @@ def _few(module: Any, x: Tensor) -> bool:
     """Whether `block_linear` may stand for torch's product."""
     if x.dim() == 0 or x.numel() > MOST_ROWS * x.shape[-1] or x.dtype is not module.weight.dtype:
         return False
-    return not torch.is_autocast_enabled("cpu")  # which would multiply in another dtype
+    # which would multiply in another dtype
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -127,12 +127,39 @@ def test_names_say_whose_they_are():
     assert all(name.startswith(("HuggingFace", "flashspec", "cllm", "CLLM")) for name in CONTENDERS)
 
 
-def test_on_a_gpu_the_references_are_there_before_anybody_is_timed(setup, tmp_path, monkeypatch):
-    made, _ = comparison(setup, tmp_path, [[3, 4]], contenders=(EAGER, "cllm, Jacobi"))
+def test_on_a_gpu_who_tunes_itself_has_it_to_itself(setup, tmp_path, monkeypatch):
+    names = (EAGER, "cllm, automatic", "cllm, Jacobi")
+    made, _ = comparison(setup, tmp_path, [[3, 4]], contenders=names)
     made.setup = replace(setup, device="cuda")
     done = []
     monkeypatch.setattr(made, "references", lambda task: done.append(task.name))
-    monkeypatch.setattr(module, "Contestant", lambda name, *_: Stub(name, []))
+
+    def start(name, *_):
+        done.append(name)
+        return Stub(name, [])
+
+    monkeypatch.setattr(module, "Contestant", start)
     started = made.contestants()
-    assert next(started).name == EAGER and done == ["few"]
-    assert [one.name for one in started] == ["cllm, Jacobi"]
+    assert next(started).name == EAGER
+    assert sorted(done) == sorted([EAGER, "cllm, Jacobi", "few"])
+    assert [one.name for one in started] == list(names[1:])
+    assert done[-1] == "cllm, automatic"
+
+
+def test_who_was_started_is_ended_when_the_references_fail(setup, tmp_path, monkeypatch):
+    made, _ = comparison(setup, tmp_path, [[3, 4]], contenders=(EAGER, "cllm, Jacobi"))
+    made.setup = replace(setup, device="cuda")
+    closed = []
+
+    class Closed(Stub):
+        def close(self):
+            closed.append(self.name)
+
+    def fail(task):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(made, "references", fail)
+    monkeypatch.setattr(module, "Contestant", lambda name, *_: Closed(name, []))
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(made.contestants())
+    assert sorted(closed) == sorted([EAGER, "cllm, Jacobi"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 
 from ..tuning import Spread
 from ..verification import near_tie_tolerance, verify
-from .contenders import CONTENDERS, EAGER, Setup
+from .contenders import CONTENDERS, EAGER, TUNED, Setup
 from .contest import Contestant, Failed
 from .tasks import Kept, Task, weights_digest
 
@@ -153,24 +153,31 @@ class Comparison:
             self._tell(f"{name}: starts")
             return Contestant(name, self.setup, torch.get_num_threads(), warm_up, most)
 
-        # on a CPU one by one, so that nobody tunes itself while others are at work
-        started: Iterable[Contestant] = map(start, plan.contenders)
-        if self.setup.device.startswith("cuda"):
-            with ThreadPoolExecutor(len(plan.contenders)) as pool:
-                starting = pool.map(start, plan.contenders)
-                for task in self.tasks:  # while they load and compile, and nobody is timed
-                    self.references(task)
-                started = list(starting)
-        for one in started:
-            if one.absent is None:
-                self._tell(f"{one.name}: ready")
-                yield one
-            else:
+        # who tunes itself needs the machine to itself; on a CPU that is everybody
+        together = self.setup.device.startswith("cuda")
+        early = [name for name in plan.contenders if together and name not in TUNED]
+        started: dict[str, Contestant] = {}
+        try:
+            if early:
+                with ThreadPoolExecutor(len(early) + 1) as pool:
+                    decoded = pool.submit(lambda: [self.references(task) for task in self.tasks])
+                    starting = {name: pool.submit(start, name) for name in early}
+                    started = {name: future.result() for name, future in starting.items()}
+                    decoded.result()
+            for name in plan.contenders:
+                one = started.pop(name, None) or start(name)
+                if one.absent is None:
+                    self._tell(f"{one.name}: ready")
+                    yield one
+                    continue
                 self._tell(f"{one.name}: does not take part: {one.absent}")
                 self.failures[one.name] = one.absent
                 one.close()
                 if one.name == EAGER:
                     raise NothingToCompare(f"there is nothing to compare with: {one.absent}")
+        finally:
+            for one in started.values():
+                one.close()
 
     def run(self) -> dict[str, Any]:
         """Batch size -> task -> contender -> figures."""

@@ -278,7 +278,7 @@ def _weights(setup: Setup) -> Decode:
     if setup.cllm_weights is None:
         raise Absent("no CLLM weights were given (--cllm-weights)")
     model = load_model(setup.cllm_weights, setup)
-    return _cllm(model, JacobiConfig(block_size="auto"))
+    return _cllm(model, _config(setup, {"block_size": "auto"}))
 
 
 EAGER = "HuggingFace"
@@ -299,3 +299,5 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, adapter, automatic": _gated(block_size="auto"),
     "CLLM weights, looked up": _weights,
 }
+# those that time their own forwards before they decode
+TUNED = {"cllm, automatic", "cllm, adapter, automatic", "CLLM weights, looked up"}

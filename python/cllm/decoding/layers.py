@@ -2,7 +2,7 @@
 
 A forward of few rows spends half of its time between its matrix products: in small operations,
 each of them too short to be worth its call. A layer of the Llama kind is one native call on a CPU
-here, and on a GPU a dozen launches instead of some forty. The model's own forward stays around it:
+here, and on a GPU seven launches instead of some forty. The model's own forward stays around it:
 embedding, rotary table, final norm, head, and every hook on the model; only `forward` of its
 decoder layers, and on a GPU that of its final norm, is another one meanwhile.
 """
