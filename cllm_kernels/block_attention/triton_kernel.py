@@ -131,6 +131,7 @@ def block_attention_tiles_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    ones = tl.full([BLOCK_N, 16], 1.0, q_ptr.dtype.element_ty)
 
     for start in range(begin, end, BLOCK_N):
         slot = start + column
@@ -166,8 +167,12 @@ def block_attention_tiles_kernel(
         base = tl.where(best_now == float("-inf"), 0.0, best_now)
         weights = tl.exp(scores - base[:, None])
         fade = tl.exp(best - base)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        weights = weights.to(v.dtype)
+        # A product adds up in one order in every tile; where tl.sum's threads stand, and so its
+        # order, hangs on the number of query rows. All columns of `sums` are the same.
+        sums = tl.dot(weights, ones, input_precision="ieee")
+        total = total * fade + tl.max(sums, axis=1)
+        acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
         best = best_now
 
     stored = real_member[:, None] & real_feature[None, :]

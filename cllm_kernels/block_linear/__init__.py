@@ -53,8 +53,8 @@ def block_linear(
 
     Sums are fp32 and rounded once, to x's dtype. On the C++ backend a row's result has the same
     bits beside any other rows, and for any number of them: what is summed in which order depends
-    on H alone. So it is in Triton in 16 bits, for up to 64 rows in all; what its kernel is not made
-    for (fp32, more rows, H that 16 does not divide) is torch's own product there.
+    on H alone. So it was in Triton in 16 bits on an H200, for up to 64 rows in all; what its kernel
+    is not made for (fp32, more rows, H that 16 does not divide) is torch's own product there.
 
     Args:
         x: [..., H] float32, bfloat16 or float16.

@@ -84,8 +84,9 @@ def decoder_layer(
     i's key and value then stand at slot lengths[b] + i, whatever chain it is of.
 
     Sums are fp32; 16-bit types are rounded where HuggingFace's modules round them. On the C++
-    backend, and in Triton in 16 bits for up to 64 rows as in `block_linear`, a row's result has the
-    same bits beside any other rows, for any number of them and wherever its block begins.
+    backend a row's result has the same bits beside any other rows, for any number of them and
+    wherever its block begins; Triton's kernels are made for that, too, in 16 bits and for up to 64
+    rows as in `block_linear`.
 
     Args (B rows of n tokens; sizes as in `DecoderWeights`):
         hidden: [B, n, H], contiguous, of the dtype and device of the weights.
