@@ -55,8 +55,8 @@ def main(capabilities: list[int]) -> None:
         for label, kernel, types, constants, launch in variants():
             if not aligned and "tiles" not in label:
                 continue
-            if constants.get("PDL") and capability < 90:  # no such launch there
-                continue
+            if "PDL" in constants:  # as `_triton.chained` launches it there
+                constants = {**constants, "PDL": capability >= 90}
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: types.get(name, "i32") for name in names}
             # What the launcher tells the compiler of 16-byte aligned pointers and of sizes and

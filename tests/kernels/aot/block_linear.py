@@ -20,10 +20,10 @@ def variants():
             )
             launch = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
             even = width % shape["BLOCK_K"] == 0
-            # the first once more in the other type, and as it is launched from Hopper on
+            # the first in the other type, too
             first = (rows, columns, width) == SHAPES[0]
-            for short, early in (("bf16", False), ("fp16", False), ("bf16", True))[: 1 + 2 * first]:
-                kind = f"outputs={count} swiglu={swiglu} turned={turned} early={early}"
+            for short in ("bf16", "fp16")[: 1 + first]:
+                kind = f"outputs={count} swiglu={swiglu} turned={turned}"
                 yield (
                     # launched on aligned operands only
                     f"block_linear {short} [{rows}, {width}] to {columns} {kind}",
@@ -37,7 +37,7 @@ def variants():
                         "HAS_ADD": add,
                         "EVEN_N": even,
                         "EVEN_K": even,
-                        "PDL": early,
+                        "PDL": False,
                         **shape,
                     },
                     {**launch, **FUSION},
