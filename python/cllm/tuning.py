@@ -10,7 +10,6 @@ HuggingFace's greedy search, prompt by prompt in turn.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +21,13 @@ from torch import Tensor
 from .adapter import resolve_adapter
 from .decoding import JacobiConfig, JacobiOutput, generate
 from .decoding.forward_clock import ForwardClock
+from .decoding.graphs import has_graphs
 from .evaluation import encode_prompts
 from .head import evaluating
 from .patching import original_generate
 from .prompts import Prompt
 from .responders import end_tokens, left_padded
+from .spread import Spread
 
 SIZES = (1, 2, 4, 8, 16, 32)
 # a window of v verify rows commits v tokens at most, so v = 1 cannot win
@@ -34,23 +35,6 @@ PAIRS = ((2, 2), (2, 4), (2, 8), (3, 6), (4, 4), (4, 8), (4, 16), (8, 8), (8, 16
 
 # stage, steps that are done, steps in all
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -331,21 +315,25 @@ class _Decoder:
             forwards += int(out.iterations.sum())
         return tokens / forwards
 
-    def tokens_per_second(
-        self, prompt: Sequence[int], window: Window | None, most: int | None = None
-    ) -> float:
-        """Of a whole call; None: of HuggingFace's greedy search.
+    def warm_up(self, prompts: Sequence[Sequence[int]], window: Window | None) -> None:
+        """What the first calls alone pay for: the second of a shape that a prompt has may come to
+        capture a graph. Texts of full length, cut short, have that shape."""
+        if window is None:
+            limit = {"max_new_tokens": min(4, self._max_new_tokens)}
+            original_generate(self._model)(**(self._inputs(prompts[:1]) | limit))
+        elif has_graphs(self._model.get_input_embeddings().weight.device):
+            for prompt in (prompt for prompt in prompts for _ in range(2)):
+                self._run([prompt], window, max_iterations=2)
+        else:
+            self._run(prompts[:1], window, max_iterations=2)
 
-        Args:
-            most: at most so many tokens, to warm up.
-        """
-        limit = {} if most is None else {"max_new_tokens": min(most, self._max_new_tokens)}
+    def tokens_per_second(self, prompt: Sequence[int], window: Window | None) -> float:
+        """Of a whole call; None: of HuggingFace's greedy search."""
         started = time.perf_counter()
         if window is None:
-            inputs = self._inputs([prompt]) | limit
-            sequences = original_generate(self._model)(**inputs)
+            sequences = original_generate(self._model)(**self._inputs([prompt]))
         else:
-            sequences = self._run([prompt], window, **limit).sequences
+            sequences = self._run([prompt], window).sequences
         sequences = sequences.cpu()  # a GPU may still be at it
         return (sequences.shape[1] - len(prompt)) / (time.perf_counter() - started)
 
@@ -384,7 +372,7 @@ def _measured(
     contenders = [None, *windows]
     rates: dict[Window | None, list[float]] = {contender: [] for contender in contenders}
     for contender in contenders:
-        decoder.tokens_per_second(prompts[0], contender, 4)
+        decoder.warm_up(prompts, contender)
     turns = [prompt for _ in range(repeats) for prompt in prompts]
     for number, prompt in enumerate(turns):
         tell("measuring the best", number, len(turns))

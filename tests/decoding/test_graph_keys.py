@@ -9,7 +9,7 @@ import weakref
 import torch
 
 import cllm
-from cllm.decoding import graphs
+from cllm.decoding import graphs, shelf
 
 from .test_gated import greedy, random_adapter
 from .test_graphs import recorder  # noqa: F401, a fixture
@@ -49,7 +49,7 @@ def test_what_a_capture_holds_goes_with_it(recorder):  # noqa: F811
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
     adapter = random_adapter("llama", 0.05)
     cllm.generate(model, **inputs, **SETTINGS, adapter=adapter)
-    (kept,) = graphs._kept[model].values()
+    (kept,) = shelf._kept[model].values()
     (iteration,) = kept.iterations.values()
     watched = weakref.ref(iteration)
     del kept, iteration

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..tuning import Spread
+from ..spread import Spread
 from ..verification import near_tie_tolerance, verify
 from .contenders import CONTENDERS, EAGER, TUNED, Setup
 from .contest import Contestant, Failed

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..tuning import Measured, Progress, Spread, Tuning, Window
+    from ..spread import Spread
+    from ..tuning import Measured, Progress, Tuning, Window
 
 
 def tune(

@@ -7,12 +7,14 @@ nobody asked for may not be felt: no text, no hook, little memory. So
   attention's sums are cut by that size, and in 16 bits texts would hang on how many calls there
   were before;
 - a model that somebody watches, that is on several devices or in autocast goes without;
-- the caches that are kept have a bound, and a capture pushes out none that is used more often.
+- the caches that are kept or in use have a bound, a capture pushes out none that is used more
+  often, and a call whose capture another one works with goes without.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from .cache import VIEW_STEP, round_up
 from .config import Compile
 from .forward import Layout
 from .graph_key import forward_key, watched
-from .graphs import MOST_KEPT, _kept, _lock, failed, has_graphs
+from .graphs import has_graphs
+from .shelf import MOST_KEPT, failed, looked_at
 
 # The KV caches of all captures together, where one was not asked for, take at most the device's
 # memory divided by this.
@@ -37,7 +40,8 @@ MOST_SHAPES = 64
 _ATTENTIONS = ("native", "block")
 
 _ticks = itertools.count(1)
-# Of the latest calls of a model, by forward and iteration, when they were.
+_lock = threading.Lock()
+# Of the latest calls of a model, by forward and what else is captured, when they were.
 _calls: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, int]] = weakref.WeakKeyDictionary()
 
 
@@ -48,13 +52,16 @@ class Plan:
     Attributes:
         fixed: over a cache that has the size a capture's has.
         captured: by a graph; `automatic`: which nobody asked for.
-        key: what tells the call from those that a capture of it does not serve.
+        key: what tells the call from those that a capture of it does not serve; the forward's, and
+            what of it is captured.
+        nbytes: of its cache, as far as known.
     """
 
     fixed: bool = False
     captured: bool = False
     automatic: bool = False
     key: tuple | None = None
+    nbytes: int = 0
 
 
 PLAIN = Plan()
@@ -64,7 +71,7 @@ def plan_call(
     model: Any,
     compile: Compile | None,
     *,
-    iteration: tuple,
+    captured: tuple[str, tuple],
     recorded: bool,
     adapter: Any = None,
     **shape: Any,
@@ -72,7 +79,8 @@ def plan_call(
     """How to run the forwards of a call.
 
     Args:
-        iteration: what a capture has fixed in it beside the forward.
+        captured: "iteration" or "window", and what a capture of it has fixed in it beside the
+            forward.
         recorded: a trajectory is, so that somebody looks at each iteration.
         adapter, shape: arguments of `graphs.graphed_forward`.
     """
@@ -80,23 +88,22 @@ def plan_call(
         return PLAIN
     shape["slots"] = round_up(shape["slots"], VIEW_STEP)
     device = shape["device"]
-    nbytes: int | None = 0
+    nbytes = _cache_bytes(model, shape["batch"] * shape["slots"])
     if compile is None:
         if recorded or obstacle(model, device, shape["layout"]) is not None:
             return PLAIN
-        nbytes = _cache_bytes(model, shape["batch"] * shape["slots"])
         if nbytes is None or nbytes > _most_bytes(device):
             return PLAIN
     of_forward = forward_key(model, **shape, adapter=adapter)
-    key = of_forward, iteration
+    key = of_forward, captured
     before = _note(model, key)
     if failed(model, key, automatic=compile is None):
         return Plan(fixed=True)
     if compile == "graph":
-        return Plan(fixed=True, captured=True, key=key)
+        return Plan(fixed=True, captured=True, key=key, nbytes=nbytes or 0)
     if before is None or not _admitted(model, key, before, nbytes or 0, device):
         return Plan(fixed=True)
-    return Plan(fixed=True, captured=True, automatic=True, key=key)
+    return Plan(fixed=True, captured=True, automatic=True, key=key, nbytes=nbytes or 0)
 
 
 def obstacle(model: Any, device: torch.device, layout: Layout | None = None) -> str | None:
@@ -131,35 +138,33 @@ def _note(model: Any, key: tuple) -> int | None:
 
 
 def _admitted(model: Any, key: tuple, before: int, nbytes: int, device: torch.device) -> bool:
-    """Whether there is a capture for such calls, or room for one. Room is made by putting out what
-    was last used before `before`, the latest such call: else shapes that take turns would capture
-    anew in every call."""
-    of_forward, iteration = key
+    """Whether there is a capture for such calls, which no other call works with, or room for one.
+    Room is made by putting out what was last used before `before`, the latest such call: else
+    shapes that take turns would capture anew in every call."""
+    of_forward, (kind, wanted) = key
     with _lock:
-        calls = _calls.get(model) or OrderedDict()
-        kept = _kept.get(model) or OrderedDict()
+        calls = dict(_calls.get(model) or {})
+    with looked_at(model, device) as found:
+        kept = found.kept
+        if of_forward in found.busy:
+            return False
         if of_forward in kept:
-            made = kept[of_forward].iterations
-            times = [calls.get((of_forward, one), 0) for one in made]
-            return iteration in made or len(made) < MOST_KEPT or min(times) < before
+            forward = kept[of_forward]
+            made = list(forward.windows if kind == "window" else forward.iterations)
+            times = [calls.get((of_forward, (kind, one)), 0) for one in made]
+            return wanted in made or len(made) < MOST_KEPT or min(times) < before
         used = {one: 0 for one in kept}
         for (one, _), when in calls.items():
             if one in used:
                 used[one] = max(used[one], when)
         stay = [one for one in kept if used[one] > before]
-        others = sum(
-            forward.nbytes
-            for other, forwards in _kept.items()
-            if other is not model
-            for forward in forwards.values()
-            if forward.plan.device == device
-        )
-        free = _most_bytes(device) - others - nbytes
+        places = MOST_KEPT - len(found.busy)
+        free = _most_bytes(device) - found.others - nbytes
 
         def fits() -> bool:
-            return len(kept) < MOST_KEPT and sum(f.nbytes for f in kept.values()) <= free
+            return len(kept) < places and sum(f.nbytes for f in kept.values()) <= free
 
-        if len(stay) >= MOST_KEPT or sum(kept[one].nbytes for one in stay) > free:
+        if len(stay) >= places or sum(kept[one].nbytes for one in stay) > free:
             return False
         while not fits():
             del kept[min((one for one in kept if one not in stay), key=lambda one: used[one])]

@@ -70,8 +70,10 @@ class JacobiConfig:
             shape on, where nobody watches the model (hooks, recorded trajectories), neither
             autocast nor several devices stand against it and its layout is native layers or block
             attention, as long as all caches that are kept are small beside the device's memory;
-            else, and on a CPU, ``"off"``. In bf16 and fp16 near-ties may fall by the size of the
-            cache, which is a graph's in all calls of a shape that comes to have one.
+            else, and on a CPU, ``"off"``. A shape whose capture ran out of memory goes without a
+            graph until ``forget(model)``; who asks for one is told of that once. In bf16 and fp16
+            near-ties may fall by the size of the cache, which is a graph's in all calls of a shape
+            that comes to have one.
 
     Raises:
         ValueError: naming every field that has a bad value.

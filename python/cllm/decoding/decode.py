@@ -23,13 +23,14 @@ from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
 from .gated import GatedIteration
-from .graphs import GraphedForward, check_device, graphed_forward, with_room
+from .graphs import GraphedForward, check_device, graphed_forward, window_key
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
+from .shelf import with_room
 from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
 from .support import ModelTraits, check_model
@@ -123,6 +124,11 @@ def jacobi_decode(
     check_inputs(model, traits, input_ids, model_kwargs.get("attention_mask"), settings)
     if settings.compile == "graph":
         check_device(input_ids.device)
+    if token_streamer is not None and input_ids.shape[0] > 1:
+        raise ValueError(
+            f"a streamer takes a batch of 1, but input_ids has {input_ids.shape[0]} rows; "
+            "generate the rows one by one or drop the streamer"
+        )
 
     rules = StopRules.from_criteria(stopping_criteria or StoppingCriteriaList())
     if rules.max_length is None:
@@ -245,19 +251,22 @@ def _start(
     if gated or _several(settings):
         kind = GatedIteration if gated else CandidateIteration
     owner = adapter if gated else None
-    fixed_in_it = iteration_key(
-        kind,
-        state,
-        settings,
-        verify=(settings.verify_size or settings.width) if gated else None,
-        lookup=lookup,
-        pooled=pool is not None,
-    )
+    verify = (settings.verify_size or settings.width) if gated else None
+    if processors or noise is not None or settings.record_trajectories:
+        # the host takes part in an iteration, so a forward is all that is captured
+        several = (settings.candidates,) if kind is CandidateIteration else ()
+        captured = "window", window_key(verify, *several, settings.width)
+    else:
+        captured = (
+            "iteration",
+            iteration_key(
+                kind, state, settings, verify=verify, lookup=lookup, pooled=pool is not None
+            ),
+        )
     plan = plan_call(
         model,
         settings.compile,
-        # where the host takes part in it, a forward is all that is captured
-        iteration=fixed_in_it if not processors and noise is None else ("forward", *fixed_in_it),
+        captured=captured,
         recorded=settings.record_trajectories,
         adapter=owner,
         **shape,
@@ -266,7 +275,13 @@ def _start(
     if plan.captured:
         forward = stack.enter_context(
             graphed_forward(
-                model, traits, **shape, adapter=owner, automatic=plan.automatic, call_key=plan.key
+                model,
+                traits,
+                **shape,
+                adapter=owner,
+                automatic=plan.automatic,
+                call_key=plan.key,
+                nbytes=plan.nbytes,
             )
         )
     else:
@@ -274,11 +289,6 @@ def _start(
             shape["slots"] = round_up(shape["slots"], VIEW_STEP)
         forward = BlockForward(model, traits, **shape, fixed=plan.fixed)
     if streamer is not None:
-        if batch > 1:
-            raise ValueError(
-                f"a streamer takes a batch of 1, but input_ids has {batch} rows; "
-                "generate the rows one by one or drop the streamer"
-            )
         streamer.put(input_ids.cpu())
     started = time.perf_counter()
     if longest > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -93,6 +94,7 @@ class ForwardClock:
         shape["slots"] = round_up(shape["slots"], VIEW_STEP)
         forward = GraphedForward(self._model, self._traits, **shape)
         forward.automatic = True  # the call itself tells where it fails
+        forward.most_windows = sys.maxsize  # widths take turns, and all go with the clock
         return forward
 
     def plain(self, rows: int, forwards: int) -> float:

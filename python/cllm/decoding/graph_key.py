@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from cllm_kernels import current_backend
 
@@ -56,8 +59,13 @@ def forward_key(
 
 def watched(model: Any) -> bool:
     """Whether somebody else looks on while `model` runs, or has changed how it does: hooks on it,
-    on a part of it or on all modules, or a forward of somebody's own. Python that is not run does
-    not look."""
+    on a part of it or on all modules, a forward of somebody's own, or a mode that sees operations
+    (a count of FLOPs, say). Python that is not run does not look."""
+    if _get_current_dispatch_mode_stack():
+        return True
+    # a default device (`torch.set_default_device`) looks at nothing
+    if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+        return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     for module in model.modules():

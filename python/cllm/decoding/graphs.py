@@ -7,17 +7,15 @@ see `static_loop`; else the forward alone (`GraphedForward.window`). Which calls
 matter of `automatic`.
 
 A model keeps its captures from one call to the next, `MOST_KEPT` of them, with the caches they
-write to: `kept_bytes` says how much that is, `forget` lets go of it. Where a capture fails the call
-goes on without one, and gives the same text.
+write to (`shelf`): `kept_bytes` says how much that is, `forget` lets go of it. Where a capture
+fails the call goes on without one, and gives the same text.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
+import sys
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,16 +32,34 @@ from .capturing import Capture, capture, on_device, short_of_memory
 from .forward import BlockForward, Layout
 from .graph_key import forward_key
 from .host_needs import NoHost
+from .shelf import (
+    MOST_KEPT,
+    Use,
+    forget,
+    in_use,
+    kept_bytes,
+    let_go,
+    note_failure,
+    put_back,
+    take,
+)
 from .support import ModelTraits
 
 if TYPE_CHECKING:
     from .static_loop import StaticIteration
 
-# Each holds a KV cache and the activations of a forward.
-MOST_KEPT = 4
-# Failures that are remembered of a model, so that nobody runs into them again.
-MOST_FAILURES = 64
 DEVICES = ("cuda",)
+
+__all__ = [
+    "MOST_KEPT",
+    "Captured",
+    "GraphedForward",
+    "check_device",
+    "forget",
+    "graphed_forward",
+    "has_graphs",
+    "kept_bytes",
+]
 
 logger = logging.getLogger("cllm")
 Made = TypeVar("Made")
@@ -63,6 +79,11 @@ class Captured:
     given: torch.Tensor
     replay: Callable[[], Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it reads and writes."""
+        return self.tokens.nbytes + self.lengths.nbytes + self.given.nbytes
+
 
 class GraphedForward(BlockForward):
     """A `BlockForward` that is captured, by the window or as a part of whole iterations.
@@ -70,7 +91,10 @@ class GraphedForward(BlockForward):
     Attributes:
         by_window: a window is captured at its first forward and replayed from then on; False while
             whole iterations are captured, or could not be.
-        iterations: those captured, by what is fixed in them; None: it could not be captured.
+        iterations: those captured, by what is fixed in them; None: it could not be captured, and
+            whoever asked was told.
+        windows: captures by the window, by `window_key`; None: as above.
+        most_windows: so many of them are kept, the latest.
         automatic: nobody asked for a graph in the present call, or hears where there is none.
         key: of the present call, under which a failure is remembered; None: it is not.
         stays: is kept for further calls.
@@ -81,14 +105,23 @@ class GraphedForward(BlockForward):
 
     def __init__(self, *args: Any, **others: Any):
         super().__init__(*args, **others, fixed=True)
-        self.model: Any = self.model
         self.adapter: Any = None
         self.by_window = True
         self.automatic = False
         self.key: tuple | None = None
         self.stays = True
         self.iterations: OrderedDict[tuple, StaticIteration | None] = OrderedDict()
-        self._captured: dict[tuple[int | None, ...], Captured | None] = {}
+        self.windows: OrderedDict[tuple[int | None, ...], Captured | None] = OrderedDict()
+        self.most_windows = MOST_KEPT
+        # windows whose capture failed with nobody told
+        self._untold: set[tuple[int | None, ...]] = set()
+
+    def enter(self, model: Any, automatic: bool, key: tuple | None) -> None:
+        """Be the forward of a call."""
+        self.model, self.automatic, self.key = model, automatic, key
+        self.by_window = self.stays = True
+        if not automatic:  # who asks for a graph is to have it, or to hear why not
+            self._untold.clear()
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
@@ -126,14 +159,23 @@ class GraphedForward(BlockForward):
     ) -> torch.Tensor:
         if not self.by_window:
             return run(tokens, lengths)
-        key = (verify, *tokens.shape[1:])
-        if key not in self._captured:
+        key = window_key(verify, *tokens.shape[1:])
+        if key in self._untold:
+            return run(tokens, lengths)
+        if key not in self.windows:
             own = tokens.clone(), lengths.clone()
-            self._captured[key] = self.attempt(
+            made = self.attempt(
                 lambda: Captured(*own, *self.captured(lambda: run(*own))),
                 f"forward over {list(tokens.shape)} tokens",
             )
-        captured = self._captured[key]
+            if made is None and self.automatic:
+                self._untold.add(key)
+                return run(tokens, lengths)
+            self.windows[key] = made
+            while len(self.windows) > self.most_windows:
+                self.windows.popitem(last=False)
+        self.windows.move_to_end(key)
+        captured = self.windows[key]
         if captured is None:
             return run(tokens, lengths)
         captured.tokens.copy_(tokens)
@@ -145,7 +187,7 @@ class GraphedForward(BlockForward):
         """`capture` of something that runs this forward.
 
         Raises:
-            RuntimeError, ValueError: it cannot be captured, or memory is short.
+            one of `_failures`: it cannot be captured, or memory is short.
         """
         self._refuse()
         if self.automatic:
@@ -164,7 +206,7 @@ class GraphedForward(BlockForward):
         """
         try:
             return make()
-        except (RuntimeError, ValueError, AttributeError, TypeError) as failure:
+        except _failures() as failure:
             reason = str(failure).strip().splitlines() or ["no message"]
             told = f"({type(failure).__name__}: {reason[0]})"
             short = short_of_memory(failure)
@@ -177,16 +219,12 @@ class GraphedForward(BlockForward):
         model any more."""
         if short:
             self.iterations.clear()
-            self._captured.clear()
+            self.windows.clear()
             let_go(self.model)
-        made = (*self.iterations.values(), *self._captured.values())
+        made = (*self.iterations.values(), *self.windows.values())
         self.stays = not short and (not self.automatic or any(one is not None for one in made))
         if self.key is not None and (short or self.automatic):
-            with _lock:
-                failures = _failed.setdefault(self.model, OrderedDict())
-                failures[self.key] = not self.automatic or failures.get(self.key, False)
-                while len(failures) > MOST_FAILURES:
-                    failures.popitem(last=False)
+            note_failure(self.model, self.key, told=not self.automatic)
         if self.automatic:
             logger.info("%s could not be captured and goes on without a graph %s", what, reason)
             return
@@ -207,9 +245,23 @@ class GraphedForward(BlockForward):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache, and of what whole iterations work on."""
-        found = [one.nbytes for one in self.iterations.values() if one is not None]
-        return self.cache.nbytes + sum(found)
+        """Bytes of the KV cache, and of what iterations and windows read and write."""
+        made = (*self.iterations.values(), *self.windows.values())
+        return self.cache.nbytes + sum(one.nbytes for one in made if one is not None)
+
+
+def window_key(verify: int | None, *shape: int) -> tuple[int | None, ...]:
+    """Under which the forward over windows [B, *shape] is kept; `verify`: as a gated one."""
+    return verify, *shape
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a capture may fail with: what torch raises, and what models do that meet tensors which
+    they did not expect."""
+    kinds = (RuntimeError, ValueError, AttributeError, TypeError, LookupError)
+    # Triton's own come from `Exception`; where it was not imported nothing raises them
+    triton = getattr(sys.modules.get("triton.errors"), "TritonError", None)
+    return kinds if triton is None else (*kinds, triton)
 
 
 def _replayed(replay: Callable[[], Any], held: list[Any]) -> Any:
@@ -227,17 +279,6 @@ def _surroundings(model: Any) -> list[Any]:
             if getattr(hook, "__module__", None) == low_rank.__name__:
                 found.append(hook)
     return found
-
-
-_lock = threading.Lock()
-# A forward that a call works with is not in here: nobody else may write to its cache.
-_kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, GraphedForward]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-# Keys of calls that are not tried again; whether somebody who asked for graphs was told.
-_failed: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -267,13 +308,19 @@ def graphed_forward(
     adapter: Any = None,
     automatic: bool = False,
     call_key: tuple | None = None,
-) -> Iterator[GraphedForward]:
+    nbytes: int = 0,
+) -> Iterator[BlockForward]:
     """A forward for one call, with the captures of earlier calls of its shape.
 
     Args:
         adapter: whose weights gated forwards add.
-        automatic, call_key: see `GraphedForward`.
+        automatic: see `GraphedForward`; call_key: `key` there, whose first part is the forward's.
+        nbytes: what its cache takes, as far as known.
         others: of `BlockForward`.
+
+    Yields:
+        A `GraphedForward`; one without captures where nobody asked for them and another call works
+        with those of this shape.
 
     Raises:
         ValueError: not on a GPU.
@@ -287,65 +334,19 @@ def graphed_forward(
         layout=layout,
         head=head,
     )
-    key = forward_key(model, **shape, adapter=adapter)
-    with _lock:
-        forward = _kept.setdefault(model, OrderedDict()).pop(key, None)
-    if forward is None:
-        forward = GraphedForward(model, traits, **shape)
-        forward.adapter = adapter  # whose tensors a capture reads
-    forward.model, forward.by_window, forward.stays = model, True, True
-    forward.automatic, forward.key = automatic, call_key
-    with on_device(device):
-        yield forward
-    # only whole calls put it back: one that failed may have failed in a capture
-    forward.model = None  # or the model would be kept alive by what it is the key of
-    if not forward.stays:
-        return
-    with _lock:
-        kept = _kept.setdefault(model, OrderedDict())
-        kept[key] = forward
-        while len(kept) > MOST_KEPT:
-            kept.popitem(last=False)
-
-
-def failed(model: Any, call_key: tuple, automatic: bool) -> bool:
-    """Whether a capture for such calls is not to be tried again: one failed, of which whoever asks
-    for graphs was told."""
-    with _lock:
-        known = _failed.get(model) or OrderedDict()
-        told = known.get(call_key)
-        return told is not None and (told or automatic)
-
-
-def forget(model: Any) -> None:
-    """Let go of all captures of `model` and of their memory, and of what is known to fail."""
-    with _lock:
-        _kept.pop(model, None)
-        _failed.pop(model, None)
-
-
-def let_go(model: Any) -> None:
-    """Make room: all captures of `model` go, and their memory back to the device."""
-    with _lock:
-        _kept.pop(model, None)
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def with_room(model: Any, run: Callable[[], None]) -> None:
-    """`run`; where memory is short, once more without the captures that `model` keeps."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        if not kept_bytes(model):
-            raise
-    let_go(model)
-    return run()
-
-
-def kept_bytes(model: Any) -> int:
-    """Bytes of the KV caches and states that captures of `model` keep; a capture's activations,
-    which torch holds in a pool of its own, come on top."""
-    with _lock:
-        forwards = list(_kept.get(model, {}).values())
-    return sum(forward.nbytes for forward in forwards)
+    key = forward_key(model, **shape, adapter=adapter) if call_key is None else call_key[0]
+    with in_use(model, Use(key, nbytes, device), alone=automatic) as free:
+        if not free:
+            yield BlockForward(model, traits, **shape, fixed=True)
+            return
+        forward = take(model, key)
+        if forward is None:
+            forward = GraphedForward(model, traits, **shape)
+            forward.adapter = adapter  # whose tensors a capture reads
+        forward.enter(model, automatic, call_key)
+        with on_device(device):
+            yield forward
+        # only whole calls put it back: one that failed may have failed in a capture
+        forward.model = None  # or the model would be kept alive by what it is the key of
+        if forward.stays:
+            put_back(model, key, forward)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _READS = {
     "_local_scalar_dense",
     "_unique2",
+    "bincount",
     "equal",
     "masked_select",
     "nonzero",
@@ -43,9 +44,13 @@ def _needs_host(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     if name in _INDEXED:
-        places = [place for place in args[1] if place is not None]
+        indices = args[1] if len(args) > 1 else kwargs["indices"]
+        places = [place for place in indices if place is not None]
         return any(place.dtype in (torch.bool, torch.uint8) for place in places)
     if name in _COPIES:
-        other = args[1].device if name == "copy_" else kwargs.get("device")
-        return other is not None and torch.device(other).type != args[0].device.type
+        own = args[0] if args else kwargs["self"]
+        other = kwargs.get("device")
+        if name == "copy_":
+            other = (args[1] if len(args) > 1 else kwargs["src"]).device
+        return other is not None and torch.device(other).type != own.device.type
     return False

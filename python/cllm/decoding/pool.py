@@ -32,7 +32,6 @@ class GuessPool:
 
     def __init__(self, prompts: torch.Tensor, lengths: torch.Tensor, vocabulary: int):
         batch, width = prompts.shape
-        self.vocabulary = vocabulary
         # [B, V] stamp * V + token, so that the latest of several is the largest; -1: none yet
         self.latest = prompts.new_full((batch, vocabulary), -1)
         # on the device, as a captured iteration goes on from where it was at each replay

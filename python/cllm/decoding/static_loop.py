@@ -128,7 +128,7 @@ class StaticIteration:
         cache that its next forward overwrites.
 
         Raises:
-            RuntimeError, ValueError: as `GraphedForward.captured`.
+            as `GraphedForward.captured`.
         """
         self.enter(call)
         self.state.done.fill_(True)  # runs before the capture commit nothing
@@ -249,6 +249,8 @@ def static_iteration(forward: GraphedForward, call: WindowIteration) -> StaticIt
     if key not in forward.iterations:
         what = f"iteration over {list(call.state.window.shape)} tokens"
         made = forward.attempt(lambda: StaticIteration(call).captured(call, forward), what)
+        if made is None and forward.automatic:
+            return None  # who asks for a graph later is to try, and to hear of it
         forward.iterations[key] = made
         while len(forward.iterations) > MOST_KEPT:
             forward.iterations.popitem(last=False)
