@@ -70,4 +70,6 @@ if __name__ == "__main__":
     result = steps(sys.argv[1])
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))
+    # together: a process that left while the other was still at work was seen to abort
+    dist.barrier()
     dist.destroy_process_group()
