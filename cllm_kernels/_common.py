@@ -79,3 +79,17 @@ def shape_text(tensor: Tensor) -> str:
 
 def dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_int64(op: str, like: tuple[str, Tensor], **tensors: Tensor) -> None:
+    """Raises TypeError or ValueError for the first of `tensors` that is not int64, contiguous and
+    where `like`, a name and its tensor, is."""
+    for name, tensor in tensors.items():
+        if tensor.dtype is not torch.int64:
+            raise TypeError(f"{op}: {name} must be int64, not {dtype_text(tensor.dtype)}")
+        if tensor.device != like[1].device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {like[0]} is on {like[1].device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")

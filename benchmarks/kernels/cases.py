@@ -111,6 +111,39 @@ def captured(run: Run) -> Run:
     return Run(replay, run.prepare, calls=run.calls)
 
 
+def launch_variants(
+    op: Op,
+    device: torch.device,
+    eager: Callable[[Callable[..., Any]], Callable[[Inputs], Run]],
+    written_out: Callable[..., Any],
+    ours: Callable[..., Any],
+    bytes: int,
+) -> list[Variant]:
+    """Those of an op that has nothing to multiply: written out in torch, compiled, and ours; on a
+    GPU both once more as a graph, which is how a decoding loop runs them.
+
+    Args:
+        eager: makes the runs of a function.
+    """
+
+    def graphed(function: Callable[..., Any]) -> Callable[[Inputs], Run]:
+        return lambda inputs: captured(eager(function)(inputs))
+
+    variants = [
+        Variant("written out in torch", "baseline", eager(written_out), 0, bytes),
+        Variant("compiled, written out", "baseline", eager(compiled(written_out)), 0, bytes),
+        *own_variants(op, device, eager(ours), 0, bytes),
+    ]
+    if device.type == "cuda":
+        variants.append(
+            Variant("written out, in a graph", "baseline", graphed(written_out), 0, bytes)
+        )
+        for variant in own_variants(op, device, graphed(ours), 0, bytes):
+            variant.name += ", in a graph"
+            variants.append(variant)
+    return variants
+
+
 def matmuls_variant(
     name: str,
     shapes: list[tuple[str, int, int, int]],  # (layout, m, k, n) of each product, in order

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
+from benchmarks.kernels.cases import Case, Inputs, Run, launch_variants
 from benchmarks.kernels.harness import main
 from cllm_kernels.guess_pool_add import OP, reference
 
@@ -58,32 +58,16 @@ def eager(add: Callable[..., None]) -> Callable[[Inputs], Run]:
     return build
 
 
-def graphed(add: Callable[..., None]) -> Callable[[Inputs], Run]:
-    return lambda inputs: captured(eager(add)(inputs))
-
-
 def case(rows: int, n: int, vocabulary: int, device: torch.device) -> Case:
     # two tokens read and an entry read and written for every place, and the stamps
     moved = 8 * rows * (4 * n + 2)
     written_out, op = reference.guess_pool_add, cllm_kernels.guess_pool_add
-    variants = [
-        Variant("written out in torch", "baseline", eager(written_out), 0, moved),
-        Variant("compiled, written out", "baseline", eager(compiled(written_out)), 0, moved),
-        *own_variants(OP, device, eager(op), 0, moved),
-    ]
-    if device.type == "cuda":
-        variants.append(
-            Variant("written out, in a graph", "baseline", graphed(written_out), 0, moved)
-        )
-        for variant in own_variants(OP, device, graphed(op), 0, moved):
-            variant.name += ", in a graph"
-            variants.append(variant)
     return Case(
         name=f"B={rows} n={n}",
         dtype=torch.float32,  # of the ceiling only: the op has no floating-point number
         shape={"B": rows, "n": n, "V": vocabulary, "calls": CALLS},
         make_inputs=state(rows, n, vocabulary),
-        variants=variants,
+        variants=launch_variants(OP, device, eager, written_out, op, moved),
         flop_floor=0,
         bytes_floor=moved,
     )

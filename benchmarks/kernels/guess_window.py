@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
+from benchmarks.kernels.cases import Case, Inputs, Run, launch_variants
 from benchmarks.kernels.harness import main
 from cllm_kernels.guess_window import OP, reference
 
@@ -73,31 +73,15 @@ def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
     return build
 
 
-def graphed(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
-    return lambda inputs: captured(eager(guess)(inputs))
-
-
 def case(rows: int, n: int, width: int, vocabulary: int, device: torch.device) -> Case:
     # the text, two numbers a row, the window read and written, an entry of the pool a guess
     moved = 8 * rows * (width + 2 + 2 * n + n - 1)
-    variants = [
-        Variant("written out in torch", "baseline", eager(written_out), 0, moved),
-        Variant("compiled, written out", "baseline", eager(compiled(written_out)), 0, moved),
-        *own_variants(OP, device, eager(op), 0, moved),
-    ]
-    if device.type == "cuda":
-        variants.append(
-            Variant("written out, in a graph", "baseline", graphed(written_out), 0, moved)
-        )
-        for variant in own_variants(OP, device, graphed(op), 0, moved):
-            variant.name += ", in a graph"
-            variants.append(variant)
     return Case(
         name=f"B={rows} n={n} L={width}",
         dtype=torch.float32,  # of the ceiling only: the op has no floating-point number
         shape={"B": rows, "n": n, "L": width, "V": vocabulary, "calls": CALLS},
         make_inputs=state(rows, n, width, vocabulary),
-        variants=variants,
+        variants=launch_variants(OP, device, eager, written_out, op, moved),
         flop_floor=0,
         bytes_floor=moved,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm_kernels
-from benchmarks.kernels.cases import Case, Inputs, Run, Variant, captured, compiled, own_variants
+from benchmarks.kernels.cases import Case, Inputs, Run, launch_variants
 from benchmarks.kernels.harness import main
 from cllm_kernels.jacobi_step import OP, reference
 
@@ -83,11 +83,6 @@ def eager(step: Callable[..., Tensor]) -> Callable[[Inputs], Run]:
     return build
 
 
-def graphed(step: Callable[..., Tensor]) -> Callable[[Inputs], Run]:
-    """The same steps, captured once and replayed."""
-    return lambda inputs: captured(eager(step)(inputs))
-
-
 def steps(
     step: Callable[..., Tensor], inputs: Inputs
 ) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], None]]:
@@ -117,30 +112,12 @@ def written_out(*arguments: Tensor) -> Tensor:
 def case(rows: int, n: int, device: torch.device) -> Case:
     # window and predictions read, window written; the row's state; one token or more committed
     moved = 8 * rows * (3 * n + 2 * 3 + 1 + 1) + 2 * rows + 16
-    variants = [
-        Variant("written out in torch", "baseline", eager(written_out), 0, moved),
-        Variant(
-            "compiled, written out",
-            "baseline",
-            eager(compiled(written_out)),
-            0,
-            moved,
-        ),
-        *own_variants(OP, device, eager(cllm_kernels.jacobi_step), 0, moved),
-    ]
-    if device.type == "cuda":
-        variants.append(
-            Variant("written out, in a graph", "baseline", graphed(written_out), 0, moved)
-        )
-        for variant in own_variants(OP, device, graphed(cllm_kernels.jacobi_step), 0, moved):
-            variant.name += ", in a graph"
-            variants.append(variant)
     return Case(
         name=f"B={rows} n={n}",
         dtype=torch.float32,  # of the ceiling only: the op has no floating-point number
         shape={"B": rows, "n": n, "steps": CALLS},
         make_inputs=decoding(rows, n),
-        variants=variants,
+        variants=launch_variants(OP, device, eager, written_out, cllm_kernels.jacobi_step, moved),
         flop_floor=0,
         bytes_floor=moved,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import LIBRARY, check_int64, eager, shape_text
 
 
 def _reference() -> Any:
@@ -73,15 +73,13 @@ def guess_pool_add(latest: Tensor, stamps: Tensor, window: Tensor, predictions: 
             f"guess_pool_add: predictions must be [{rows}, {n}], the window's shape, "
             f"not {shape_text(predictions)}"
         )
-    for name, tensor in zip(("latest", "stamps", "window", "predictions"), tensors, strict=True):
-        if tensor.dtype is not torch.int64:
-            raise TypeError(f"guess_pool_add: {name} must be int64, not {dtype_text(tensor.dtype)}")
-        if tensor.device != window.device:
-            raise ValueError(
-                f"guess_pool_add: {name} is on {tensor.device} but window is on {window.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"guess_pool_add: {name} must be contiguous; pass {name}.contiguous()")
+    check_int64(
+        *("guess_pool_add", ("window", window)),
+        latest=latest,
+        stamps=stamps,
+        window=window,
+        predictions=predictions,
+    )
     if eager(*tensors):
         OP.resolve(window.device)(*tensors)
     else:

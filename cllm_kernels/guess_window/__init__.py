@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import LIBRARY, check_int64, eager, shape_text
 
 
 def _reference() -> Any:
@@ -113,14 +113,7 @@ def _check(name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
         raise ValueError(
             f"guess_window: {name} must be {wanted.get(name, of_rows)}, not {shape_text(tensor)}"
         )
-    if tensor.dtype is not torch.int64:
-        raise TypeError(f"guess_window: {name} must be int64, not {dtype_text(tensor.dtype)}")
-    if tensor.device != window.device:
-        raise ValueError(
-            f"guess_window: {name} is on {tensor.device} but window is on {window.device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"guess_window: {name} must be contiguous; pass {name}.contiguous()")
+    check_int64("guess_window", ("window", window), **{name: tensor})
 
 
 LIBRARY.define(
