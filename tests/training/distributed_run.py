@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from .leaving import leave
 from .runs import EVAL_PROMPTS, losses, tiny_trainer
 
 
@@ -36,6 +35,4 @@ def main(trajectories: str, output: str, settings: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # together: a process that leaves while another still writes was seen to abort as it ended
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
