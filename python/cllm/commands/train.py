@@ -251,6 +251,9 @@ def _run(
     trainer.save_state()  # every log and evaluation of the run: trainer_state.json
     if args.process_index == 0:
         _report(trainer, args)
+    # processes leave together, their group closed: torch warns or aborts otherwise
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return 0
 
 
