@@ -35,6 +35,8 @@ SOURCES: dict[str, tuple[dict[str, Any], bool]] = {
     "looked up, pool, 4 candidates": ({"candidates": 4}, False),
     "adapter": ({"lookup": 0}, True),
     "adapter, looked up": ({}, True),
+    "adapter and looked up, pool, 2 candidates": ({"candidates": 2}, True),
+    "adapter and looked up, pool, 4 candidates": ({"candidates": 4}, True),
 }
 
 

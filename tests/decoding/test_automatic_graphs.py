@@ -83,7 +83,8 @@ def test_native_layers_and_their_adapters(played, monkeypatch):
     monkeypatch.setattr(forward, "native_devices", {"cpu"})
     model, inputs = fresh(), prompts([9, 4])
     expected = greedy(model, inputs, max_new_tokens=20)
-    for settings in ({"adapter": random_adapter("llama", 0.05)}, {"candidates": 2}):
+    adapter = {"adapter": random_adapter("llama", 0.05)}
+    for settings in (adapter, {"candidates": 2}, {**adapter, "candidates": 2}):
         before = played.captures
         for captures in (0, 1, 1):
             found = called(model, inputs, **settings)

@@ -36,5 +36,6 @@ def test_one_text_in_16_bits(family, dtype):
             for size in (3, 8):
                 found = text(block_size=size, compile=compile, adapter=adapter)
                 assert torch.equal(found, expected), (compile, size, "adapter")
-            found = text(block_size=4, compile=compile, candidates=3)
-            assert torch.equal(found, expected), (compile, "candidates")
+            for changes in ({}, {"adapter": adapter}):
+                found = text(block_size=4, compile=compile, candidates=3, **changes)
+                assert torch.equal(found, expected), (compile, "candidates", changes)

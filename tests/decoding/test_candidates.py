@@ -11,7 +11,7 @@ import cllm
 from cllm.decoding.candidates import chosen, longest_right, taken
 from cllm.decoding.forward import BlockForward
 
-from .test_gated import greedy, random_adapter
+from .test_gated import greedy
 from .tiny_models import prompts, tiny_model
 
 # native layers; sliding windows; masks added to the scores; latent attention; names its attention
@@ -126,11 +126,13 @@ def test_the_first_usable_ones_that_differ(data, count, rows, size):
     guess = st.lists(TOKENS, min_size=size, max_size=size)
     given_ = [[data.draw(guess) for _ in range(sources)] for _ in range(rows)]
     usable = [[data.draw(st.booleans()) for _ in range(sources)] for _ in range(rows)]
-    found = chosen(torch.tensor(given_), torch.tensor(usable), count).tolist()
+    always = data.draw(st.integers(0, count), "always")
+    found = chosen(torch.tensor(given_), torch.tensor(usable), count, always).tolist()
     for row, flags, picked in zip(given_, usable, found, strict=True):
         begun, first, second, rest = set(), [], [], []
-        for one, flag in zip(row, flags, strict=True):
-            (rest if not flag else second if one[0] in begun else first).append(one)
+        for place, (one, flag) in enumerate(zip(row, flags, strict=True)):
+            kind = rest if not flag else second if one[0] in begun else first
+            (first if place < always else kind).append(one)
             if flag:
                 begun.add(one[0])
         assert picked == (first + second + rest)[:count]
@@ -171,10 +173,6 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_what_has_no_place_for_several_is_refused():
     inputs = prompts([6])
-    with pytest.raises(ValueError, match="candidates=2 and an adapter do not go together"):
-        cllm.generate(
-            tiny_model("llama"), **inputs, candidates=2, adapter=random_adapter("llama", 0.05)
-        )
     with pytest.raises(cllm.UnsupportedModelError, match="two rows cannot share one"):
         cllm.generate(tiny_model("bloom"), **inputs, candidates=2)
     # where nothing is guessed there is nothing to have several of

@@ -84,6 +84,8 @@ CHANGES = (
     {"adapter": 0.05, "pool": True},
     {"adapter": 0.05, "mode": "block"},
     {"adapter": 1e30, "fill": "last"},
+    {"adapter": 0.05, "candidates": 2},
+    {"adapter": 1e30, "candidates": 3, "repetition_penalty": 1.3},
     {"do_sample": True, "seed": 3},
 )
 
@@ -95,11 +97,12 @@ def test_the_text_is_the_same(family, changes, recorder):
     changes = dict(changes)
     if "adapter" in changes:
         changes["adapter"] = random_adapter(family, changes["adapter"])
+    by_iteration = not {"do_sample", "repetition_penalty"} & set(changes)  # else by the forward
     # the second call has other lengths, and the first one's leavings in every buffer
     for lengths, count, captures in (([9, 4, 12], 40, 1), ([3, 20, 1], 25, 1)):
         inputs = prompts(lengths, seed=count)
         plain = graphed(model, inputs, max_new_tokens=count, **changes, compile="off")
-        if "do_sample" not in changes:
+        if by_iteration:
             assert torch.equal(plain.sequences, greedy(model, inputs, max_new_tokens=count))
         before = recorder.replays
         found = graphed(model, inputs, max_new_tokens=count, **changes)
@@ -109,7 +112,7 @@ def test_the_text_is_the_same(family, changes, recorder):
         # which forwards a row takes part in does not depend on who launches them
         assert torch.equal(found.iterations, plain.iterations)
         assert torch.equal(found.accepted, plain.accepted)
-        ahead = 0 if "do_sample" in changes else 1
+        ahead = int(by_iteration)
         assert len(whole(model)) == ahead
         assert found.forwards == plain.forwards + ahead
 
@@ -234,7 +237,7 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("mode", "gated", "candidates"),
     [(mode, gated, 1) for mode in ("sliding", "block") for gated in (False, True)]
-    + [("sliding", False, 3)],
+    + [("sliding", False, 3), ("sliding", True, 2), ("sliding", True, 3)],
 )
 def test_an_iteration_needs_no_host(gated, mode, candidates, recorder, monkeypatch):
     # which looks first on a CPU, and only there

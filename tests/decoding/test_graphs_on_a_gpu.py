@@ -37,6 +37,7 @@ def test_on_a_gpu(family, dtype):
         {"max_iterations": 5},
         {"candidates": 3},
         {"candidates": 2, "do_sample": True, "seed": 3},
+        {"candidates": 2, "adapter": adapter},
     ]
     # a graph's forward sees a longer cache, which rounds otherwise; near-ties are rare in fp32 only
     for changes in every if dtype == torch.float32 else every[:2]:
@@ -119,7 +120,8 @@ def test_a_shape_that_comes_again_is_captured_on_a_gpu(family, captures):
     quietly(model, inputs, compile="off")
     every = [{}, {"mode": "block"}, {"do_sample": True, "seed": 3}]
     if family == "llama":  # native layers; elsewhere guess rows need masks
-        every += [{"candidates": 3}, {"adapter": random_adapter(family, 0.05)}]
+        adapter = {"adapter": random_adapter(family, 0.05)}
+        every += [{"candidates": 3}, adapter, {**adapter, "candidates": 2}]
     for settings in every:
         expected = greedy(model, inputs, max_new_tokens=30)
         if settings.get("do_sample"):

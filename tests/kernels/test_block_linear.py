@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,23 +103,6 @@ def test_a_rows_bits_are_its_own(dtype, data):
         assert torch.equal(whole, cllm_kernels.block_linear(x, weight, bias))
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """In a process of its own each: the choice is made once. A wish can only lower it."""
-    if OP.unavailable("cpp", torch.device("cpu")) is not None:
-        pytest.skip("no C++ kernels")
-    names = ("test_against_fp64", "test_a_rows_bits_are_its_own")
-    tests = [f"{__file__}::{name}" for name in names]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not cuda"],
-        env={**os.environ, "CLLM_KERNELS_ISA": isa, "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @everywhere(OP)

@@ -50,11 +50,13 @@ def test_triton_kernels_in_the_interpreter(op):
     run_tests("triton-cpu", files, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])  # by name: without its bf16 products
 def test_cpu_kernels_for_lesser_cpus(isa):
     if reason := missing_reason():
         pytest.skip(reason)
-    run_tests("cpp-cpu", FILES, CLLM_KERNELS_ISA=isa)
+    run_tests("cpp-cpu or bits_are_its_own", FILES, CLLM_KERNELS_ISA=isa)
 
 
 def test_the_choice_of_instructions_is_reported():

@@ -296,6 +296,7 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, automatic": _jacobi(block_size="auto"),
     "cllm, adapter": _gated(lookup=0),
     "cllm, adapter, looked up": _gated(),
+    "cllm, adapter, tree": _gated(candidates=2),
     "cllm, adapter, automatic": _gated(block_size="auto"),
     "CLLM weights, looked up": _weights,
 }

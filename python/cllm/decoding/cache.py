@@ -90,17 +90,18 @@ class BlockPlan:
         width: int,
         guesses_from: int | None = None,
         guess_width: int | None = None,
+        unsure_from: int | None = None,
     ) -> None:
         """Plan a forward of `width` rows behind `lengths` [B] (`host_lengths`: the same on the
         host).
 
-        Rows from `guesses_from` on begin at ``lengths`` again: all of them as guesses of an adapter
-        that may be garbage, see `finite_guesses`, or every `guess_width` of them as another
-        candidate, which can be kept.
+        Rows from `guesses_from` on begin at ``lengths`` again, every `guess_width` of them as a
+        chain of their own; None: all that are left. Those from `unsure_from` on are guesses of an
+        adapter, which may be garbage, see `finite_guesses`.
         """
         self.prefill, self.width = False, width
         self.guesses_from, self.guess_width = guesses_from, guess_width
-        self.unsure_from = guesses_from if guess_width is None else None
+        self.unsure_from = unsure_from
         longest = max(host_lengths)
         self.reserve(longest + width)
         self.single = host_lengths[0]

@@ -32,18 +32,33 @@ class CandidateIteration(WindowIteration):
         """As `WindowIteration.run`; what is recorded is the window that was kept."""
         state, config = self.state, self.config
         windows = self._candidates(host.end)
-        given = self.forward.candidate_windows(windows, state.lengths, host.lengths)
-        predictions = self._predictions(given, windows, host)
+        predictions, drafted = self._forward(windows, host)
         best = longest_right(windows, predictions)
         window, kept = taken(windows, best), taken(predictions, best)
+        guesses = None if drafted is None else taken(drafted, best)
         if self.pool is not None:
             self.pool.add(windows.flatten(1), predictions.flatten(1))
             self.pool.add(window, kept)  # what stands behind wrong guesses says less
-        recorded = [window, kept] if config.record_trajectories else []
+        recorded = []
+        if config.record_trajectories:
+            recorded = [part for part in (window.clone(), kept, guesses) if part is not None]
         self.forward.keep(state.lengths, best, window.shape[1])
-        state.window.copy_(window)
-        state.step(kept, config)
+        self._step(window, kept, guesses)
         return recorded
+
+    def _forward(
+        self, windows: torch.Tensor, host: HostView
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predictions behind the tokens of all candidates [B, C, n], and an adapter's, if there
+        is one."""
+        given = self.forward.candidate_windows(windows, self.state.lengths, host.lengths)
+        return self._predictions(given, windows, host), None
+
+    def _step(self, window: torch.Tensor, kept: torch.Tensor, guesses: torch.Tensor | None) -> None:
+        """Commit what is final of the best candidate [B, n] by its predictions, and make the next
+        window."""
+        self.state.window.copy_(window)
+        self.state.step(kept, self.config)
 
     def _candidates(self, end: int) -> torch.Tensor:
         """[B, C, n]: windows that begin with the last committed token."""
@@ -66,7 +81,8 @@ class CandidateIteration(WindowIteration):
     def _predictions(
         self, given: torch.Tensor, windows: torch.Tensor, host: HostView
     ) -> torch.Tensor:
-        """[B, C, n] from what the forward gives, [B, C, n, V or H]."""
+        """[B, C, n] from what the forward gives, [B, C, n, V or H]; of any number of windows."""
+        count, width = windows.shape[1:]
         columns = self._columns()
         if self.predictor.needs_prefixes:
             found = [
@@ -77,22 +93,29 @@ class CandidateIteration(WindowIteration):
                     columns,
                     host.starts,
                 )
-                for number in range(self.candidates)
+                for number in range(count)
             ]
             return torch.stack(found, dim=1)
-        places = None
-        if columns is not None:
-            places = columns_from(columns, windows.shape[2]).repeat(1, self.candidates)
+        places = self._places(count, width)
         return self.predictor.guesses(given.flatten(1, 2), places).view(windows.shape)
 
+    def _places(self, count: int, width: int) -> torch.Tensor | None:
+        """[B, count * width] columns of the output that the tokens behind so many windows are for;
+        None where those do not count."""
+        columns = self._columns()
+        return None if columns is None else columns_from(columns, width).repeat(1, count)
 
-def chosen(guesses: torch.Tensor, usable: torch.Tensor, count: int) -> torch.Tensor:
+
+def chosen(
+    guesses: torch.Tensor, usable: torch.Tensor, count: int, always: int = 0
+) -> torch.Tensor:
     """The first `count` guesses that are usable and do not begin as an earlier one does; behind
     them what is left of the usable ones, and of all.
 
     Args:
         guesses: [B, S, m], the best first; S at least `count`.
         usable: [B, S] bool.
+        always: the first so many are taken in any case.
 
     Returns:
         [B, count, m].
@@ -102,6 +125,7 @@ def chosen(guesses: torch.Tensor, usable: torch.Tensor, count: int) -> torch.Ten
     earlier = places < places[:, None]
     same = (first[:, :, None] == first[:, None, :]) & usable[:, None, :] & earlier
     rank = torch.where(same.any(dim=2), 1, 0).masked_fill(~usable, 2)  # [B, S]
+    rank = rank.masked_fill(places < always, 0)
     # stable, without asking a sort to be
     order = (rank * first.shape[1] + places).argsort(dim=1)[:, :count]
     return guesses.gather(1, order[:, :, None].expand(-1, -1, guesses.shape[2]))

@@ -26,13 +26,7 @@ _PREPARED = frozenset(
 
 
 def check_adapter_settings(settings: JacobiConfig, adapter: Any) -> None:
-    """Raises ValueError if there is no adapter that `verify_size` could be about, or one that has
-    no place among several candidates."""
-    if adapter is not None and settings.candidates > 1:
-        raise ValueError(
-            f"candidates={settings.candidates} and an adapter do not go together: its guesses are "
-            "for one window; leave one of them out"
-        )
+    """Raises ValueError if there is no adapter that `verify_size` could be about."""
     if adapter is None and settings.verify_size is not None:
         raise ValueError(
             f"verify_size={settings.verify_size} is about decoding with an adapter; "

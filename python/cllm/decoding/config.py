@@ -20,7 +20,7 @@ class JacobiConfig:
 
     None of them changes the text, but `seed` where it is sampled; they change how many forward
     passes it takes, and in bf16/fp16 `block_size` (with an adapter: `verify_size` + `block_size`;
-    with several `candidates`: that many times `block_size`) also fixes the forward's width and with
+    with several `candidates`: that many times as much) also fixes the forward's width and with
     it the rounding of near-ties. In models without native layers, and in forwards of more than 64
     rows on a CPU, such a near-tie can also hang on which candidate was right.
 
@@ -44,12 +44,14 @@ class JacobiConfig:
             ``None``: 2 where the pool or an adapter would guess otherwise, else 1.
         pool: where nothing is found there, the guess behind each token is what the model predicted
             behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
-            mode only. ``None``: where something is looked up and no adapter guesses.
+            mode only. ``None``: where something is looked up, and no adapter makes the guesses or
+            another candidate has them.
         candidates: ``C``, windows for the same places that one forward of C * n rows checks, each
             by itself; the one with the most right guesses counts. They begin with different
             guesses: other continuations of the text's end, the pool's, the predictions that were
-            left over. For devices on which rows cost little; in sliding mode and without an adapter
-            only.
+            left over. With an adapter one begins with its guesses, and every candidate is followed
+            by guess rows: a forward has 2 * C * n. For devices on which rows cost little; in
+            sliding mode only.
         seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
             the same text. ``None``: fills take 0, a call that samples draws a seed from its
             ``generator`` or from torch's own.
@@ -129,8 +131,7 @@ class JacobiConfig:
             )
         elif self.candidates > 1 and self.verify_size is not None:
             problems.append(
-                f"candidates={self.candidates} are all checked, without an adapter; leave "
-                "verify_size None"
+                f"candidates={self.candidates} are all checked whole; leave verify_size None"
             )
         if self.compile is not None and self.compile not in get_args(Compile):
             problems.append(
@@ -152,7 +153,9 @@ class JacobiConfig:
 
     def pools(self, gated: bool) -> bool:
         """`pool`, with what ``None`` stands for, where an adapter guesses or does not."""
-        return self.pool if self.pool is not None else bool(self.longest_lookup) and not gated
+        if self.pool is not None:
+            return self.pool
+        return bool(self.longest_lookup) and (not gated or self.candidates > 1)
 
     def least_lookup(self, gated: bool) -> int:
         """`lookup_least`, with what ``None`` stands for."""

@@ -22,7 +22,7 @@ from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
 from .forward import BlockForward, Layout, choose_layout
-from .gated import GatedIteration
+from .gated import GatedCandidateIteration, GatedIteration
 from .graphs import GraphedForward, check_device, graphed_forward, window_key
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
@@ -247,15 +247,12 @@ def _start(
         lookup = Lookup(settings.longest_lookup, settings.least_lookup(gated), width - lengths)
     if settings.pools(gated) and settings.width > 1:
         pool = GuessPool(prompts, lengths, traits.vocab_size)
-    kind: type[WindowIteration] = WindowIteration
-    if gated or _several(settings):
-        kind = GatedIteration if gated else CandidateIteration
+    kind, others = _iteration_kind(settings, gate)
     owner = adapter if gated else None
     verify = (settings.verify_size or settings.width) if gated else None
     if processors or noise is not None or settings.record_trajectories:
         # the host takes part in an iteration, so a forward is all that is captured
-        several = (settings.candidates,) if kind is CandidateIteration else ()
-        captured = "window", window_key(verify, *several, settings.width)
+        captured = "window", _fed(settings, gate)
     else:
         captured = (
             "iteration",
@@ -297,15 +294,7 @@ def _start(
     sources: dict[str, Any] = dict(
         lookup=lookup, pool=pool, predictor=Predictor(processors, noise, forward.head)
     )
-    iteration: WindowIteration
-    if gate is not None:
-        iteration = GatedIteration(forward, state, settings, gate=gate, **sources)
-    elif _several(settings):
-        iteration = CandidateIteration(
-            forward, state, settings, candidates=settings.candidates, **sources
-        )
-    else:
-        iteration = WindowIteration(forward, state, settings, **sources)
+    iteration = kind(forward, state, settings, **sources, **others)
     told: dict[str, Any] = dict(prompt_width=width, streamer=streamer)
     if isinstance(forward, GraphedForward):
         return graphed_loop(forward, iteration, rules, **told), seconds
@@ -313,10 +302,37 @@ def _start(
 
 
 def _window_rows(settings: JacobiConfig, gate: Gate | None) -> int:
-    """Rows of a forward over one window, or all candidates; with an adapter it stands twice."""
+    """Rows of a forward over one window, or all candidates; with an adapter they stand twice."""
+    count = settings.candidates if _several(settings) else 1
     if gate is None:
-        return settings.width * (settings.candidates if _several(settings) else 1)
-    return settings.width + (settings.verify_size or settings.width)
+        return settings.width * count
+    return (settings.width + (settings.verify_size or settings.width)) * count
+
+
+def _iteration_kind(
+    settings: JacobiConfig, gate: Gate | None
+) -> tuple[type[WindowIteration], dict[str, Any]]:
+    """What runs, and its arguments beside those of every iteration."""
+    kinds: dict[tuple[bool, bool], type[WindowIteration]] = {
+        (False, False): WindowIteration,
+        (True, False): GatedIteration,
+        (False, True): CandidateIteration,
+        (True, True): GatedCandidateIteration,
+    }
+    gated, several = gate is not None, _several(settings)
+    others = {"gate": gate} if gated else {}
+    return kinds[gated, several], others | ({"candidates": settings.candidates} if several else {})
+
+
+def _fed(settings: JacobiConfig, gate: Gate | None) -> tuple[int | None, ...]:
+    """The `window_key` of a call's forwards."""
+    if not _several(settings):
+        verify = None if gate is None else settings.verify_size or settings.width
+        return window_key(verify, settings.width)
+    count = settings.candidates
+    if gate is None:
+        return window_key(None, count, settings.width)
+    return window_key(count, 2 * count, settings.width)
 
 
 def _several(settings: JacobiConfig) -> bool:

@@ -185,7 +185,9 @@ class BlockForward:
             [B, v + n, V].
         """
         width = tokens.shape[1]
-        self.plan.start_window(lengths, host_lengths, verify + width, guesses_from=verify)
+        self.plan.start_window(
+            lengths, host_lengths, verify + width, guesses_from=verify, unsure_from=verify
+        )
         columns = torch.arange(width, device=tokens.device)
         positions = lengths[:, None] + torch.cat([columns[:verify], columns])
         masks = self.block_masks or {
@@ -195,13 +197,19 @@ class BlockForward:
         return self._logits(torch.cat([tokens[:, :verify], tokens], dim=1), positions, masks)
 
     def candidate_windows(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
+        self,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        host_lengths: list[int],
+        checked: int | None = None,
     ) -> torch.Tensor:
         """Logits of several windows for the same places, each of which sees itself alone.
 
         Args:
             tokens: [B, C, n], token i of every candidate standing at position ``lengths[b] + i``.
             lengths, host_lengths: as in `window`.
+            checked: so many of them, the first, can be kept; those behind are guess rows of an
+                adapter, whose gate is the caller's to open. None: all.
 
         Returns:
             [B, C, n, V]; with a head [B, C, n, H]. The first candidate is in the cache as a window
@@ -209,7 +217,12 @@ class BlockForward:
         """
         batch, count, width = tokens.shape
         self.plan.start_window(
-            lengths, host_lengths, count * width, guesses_from=width, guess_width=width
+            lengths,
+            host_lengths,
+            count * width,
+            guesses_from=width,
+            guess_width=width,
+            unsure_from=None if checked is None else checked * width,
         )
         columns = torch.arange(width, device=tokens.device).repeat(count)
         positions = lengths[:, None] + columns

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from ..adapter import Gate
-from .loop import HostView, WindowIteration
+from .candidates import CandidateIteration, chosen
+from .config import JacobiConfig
+from .loop import HostView, WindowIteration, WindowState
 from .predict import columns_from
 
 
@@ -29,8 +31,8 @@ class GatedIteration(WindowIteration):
         """As `WindowIteration.run`."""
         state, config = self.state, self.config
         verify = config.verify_size or config.width
-        self._improve(host.end)
         window = state.window
+        self._improve(window, host.end)
         batch, width = window.shape
         with self.gate.open(verify, batch, verify + width):
             logits = self.forward.gated_window(window, verify, state.lengths, host.lengths)
@@ -51,18 +53,85 @@ class GatedIteration(WindowIteration):
         if self.pool is not None:
             self.pool.add(checked, predictions)
         recorded = [window.clone(), predictions, guesses] if config.record_trajectories else []
-        lengths = state.lengths.clone()
-        state.step(predictions, config, checked)
-        following = next_window(
-            checked,
-            guesses,
-            kept=state.lengths - lengths,
-            progress=state.progress if config.mode == "block" else None,
-            generated=state.generated,
-            fill=state.fill,
-        )
-        window.copy_(following)
+        advance(state, config, checked, predictions, guesses)
         return recorded
+
+
+class GatedCandidateIteration(CandidateIteration):
+    """An iteration over several candidates, each of which an adapter goes on from.
+
+    The first is what decoding without an adapter would guess, the second the adapter's guesses:
+    the one knows the text, the other the model. Every candidate stands twice, first among those
+    that are checked, then among guess rows; the guess rows of the best make the next guesses.
+
+    Args:
+        gate: as in `GatedIteration`.
+        others: those of `CandidateIteration`.
+    """
+
+    def __init__(self, *args: Any, gate: Gate, **others: Any):
+        super().__init__(*args, **others)
+        self.gate = gate
+        self.verify = self.config.width
+
+    def _candidates(self, end: int) -> torch.Tensor:
+        window = self.state.window
+        known = window.clone(memory_format=torch.contiguous_format)
+        self._improve(known, end)
+        windows = torch.stack([known, window], dim=1)
+        if self.candidates == 2:
+            return windows
+        windows = torch.cat([windows, super()._candidates(end)], dim=1)
+        usable = torch.ones_like(windows[:, :, 0], dtype=torch.bool)
+        guesses = chosen(windows[:, :, 1:], usable, self.candidates, always=2)
+        return torch.cat([windows[:, : self.candidates, :1], guesses], dim=2)
+
+    def _forward(
+        self, windows: torch.Tensor, host: HostView
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, count, width = windows.shape
+        twice = windows.repeat(1, 2, 1)
+        with self.gate.open(count * width, batch, 2 * count * width):
+            given = self.forward.candidate_windows(
+                twice, self.state.lengths, host.lengths, checked=count
+            )
+        if not self.predictor.needs_prefixes:
+            drafted = self._predictions(given, twice, host)
+            return drafted[:, :count].contiguous(), drafted[:, count:]
+        places = self._places(count, width)
+        guesses = self.predictor.guesses(given[:, count:].flatten(1, 2), places)
+        return self._predictions(given[:, :count], windows, host), guesses.view(windows.shape)
+
+    def _step(self, window: torch.Tensor, kept: torch.Tensor, guesses: torch.Tensor | None) -> None:
+        assert guesses is not None
+        advance(self.state, self.config, window, kept, guesses)
+
+
+def advance(
+    state: WindowState,
+    config: JacobiConfig,
+    checked: torch.Tensor,
+    predictions: torch.Tensor,
+    guesses: torch.Tensor,
+) -> None:
+    """Commit what is final, and put the adapter's guesses into the next window.
+
+    Args:
+        checked: [B, v] the window's tokens that were checked; they are overwritten.
+        predictions: [B, v] behind them.
+        guesses: [B, n] predictions of the guess rows.
+    """
+    lengths = state.lengths.clone()
+    state.step(predictions, config, checked)
+    following = next_window(
+        checked,
+        guesses,
+        kept=state.lengths - lengths,
+        progress=state.progress if config.mode == "block" else None,
+        generated=state.generated,
+        fill=state.fill,
+    )
+    state.window.copy_(following)
 
 
 def next_window(

@@ -142,12 +142,16 @@ class GraphedForward(BlockForward):
         )
 
     def candidate_windows(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
+        self,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        host_lengths: list[int],
+        checked: int | None = None,
     ) -> torch.Tensor:
         """As `BlockForward.candidate_windows`; what is returned is overwritten by the next one."""
         several = super().candidate_windows
         return self._forward(
-            None, tokens, lengths, lambda ids, where: several(ids, where, host_lengths)
+            checked, tokens, lengths, lambda ids, where: several(ids, where, host_lengths, checked)
         )
 
     def _forward(
@@ -251,7 +255,8 @@ class GraphedForward(BlockForward):
 
 
 def window_key(verify: int | None, *shape: int) -> tuple[int | None, ...]:
-    """Under which the forward over windows [B, *shape] is kept; `verify`: as a gated one."""
+    """Under which the forward over windows [B, *shape] is kept; `verify`: as a gated one, so many
+    tokens of the window, or of several windows, are checked."""
     return verify, *shape
 
 

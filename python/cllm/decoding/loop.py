@@ -168,7 +168,7 @@ class WindowIteration:
             where there are some; nothing where nothing is recorded.
         """
         state, config = self.state, self.config
-        self._improve(host.end)
+        self._improve(state.window, host.end)
         given = self.forward.window(state.window, state.lengths, host.lengths)
         predictions = self.predictor.tokens(
             given, state.window, state.sequences, self._columns(), host.starts
@@ -179,14 +179,15 @@ class WindowIteration:
         state.step(predictions, config)
         return recorded
 
-    def _improve(self, end: int) -> None:
-        """Better guesses for the window: from the text, else from earlier predictions."""
+    def _improve(self, window: torch.Tensor, end: int) -> None:
+        """Better guesses for a window [B, n], in place: from the text, else from earlier
+        predictions."""
         pool, lookup, state = self.pool, self.lookup, self.state
         if pool is None and lookup is None:
             return
         searched = {} if lookup is None else lookup.searched(state.sequences, state.generated, end)
         latest = None if pool is None else pool.latest
-        cllm_kernels.guess_window(state.window, latest, **searched)
+        cllm_kernels.guess_window(window, latest, **searched)
 
     def _columns(self) -> torch.Tensor | None:
         """[B] column of the output that the token behind each window's first is for; None where
