@@ -3,7 +3,8 @@
 A model of LLaMA-2-7B's shape with random weights (no download; what a forward costs does not depend
 on them), batch 1, CUDA graphs. At every n: the forward alone (replays of its graph, timed by
 events) and the whole iteration of `cllm.generate`, host and all; beside them the floor, the time
-in which this GPU reads the weights once.
+in which this GPU reads the weights once. Then iterations with a gated adapter, whose windows stand
+twice, and over two candidates.
 
     python benchmarks/decoding/shape.py --record
 """
@@ -97,12 +98,16 @@ def time_forward(model: Any, prompt: torch.Tensor, n: int, replays: int) -> list
     return seconds[3:]
 
 
-def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int) -> float:
+def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int, **changes: Any) -> float:
     """Seconds of an iteration, of the quickest of three whole calls; random weights accept next to
-    nothing, and ``accept="one"`` makes it exactly one token."""
+    nothing, and ``accept="one"`` makes it exactly one token.
+
+    Args:
+        changes: to the settings of the calls.
+    """
     settings: dict[str, Any] = dict(
         max_new_tokens=tokens, eos_token_id=None, block_size=n, accept="one", do_sample=False,
-        compile="graph", return_dict_in_generate=True,
+        compile="graph", return_dict_in_generate=True, **changes,
     )  # fmt: skip
     cllm.generate(model, prompt, **settings)  # captures
     found = []
@@ -112,6 +117,33 @@ def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int) -> fl
         found.append(out.decode_seconds / out.forwards)
     graphs.forget(model)
     return min(found)
+
+
+def windows(text: str) -> list[tuple[int, int, bool]]:
+    """``"8,8x2,8a,8ax2"``: n, candidates, and whether an adapter guesses."""
+    found = []
+    for entry in text.split(","):
+        sizes, _, count = entry.partition("x")
+        found.append((int(sizes.removesuffix("a")), int(count or 1), sizes.endswith("a")))
+    return found
+
+
+def time_windows(
+    model: Any, prompt: torch.Tensor, wanted: list[tuple[int, int, bool]], options: Any
+) -> list[dict[str, Any]]:
+    """Iterations of other kinds, as rows of the record."""
+    adapter = cllm.GatedAdapter.random(model, options.rank, scale=0.01)
+    found = []
+    for n, candidates, gated in wanted:
+        changes: dict[str, Any] = {"candidates": candidates, "adapter": adapter if gated else None}
+        seconds = time_iterations(model, prompt, n, options.tokens, **changes)
+        rows = n * candidates * (2 if gated else 1)
+        found.append(
+            {"n": n, "candidates": candidates, "rank": options.rank if gated else None,
+             "rows": rows, "iteration_ms": 1e3 * seconds}
+        )  # fmt: skip
+        print(found[-1], flush=True)
+    return found
 
 
 def time_eager(model: Any, prompt: torch.Tensor, tokens: int) -> float:
@@ -145,6 +177,8 @@ def show(record: dict[str, Any]) -> None:
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
         )
     Console().print(table)
+    for row in record["windows"]:
+        Console().print(row)
     Console().print(
         f"floor {record['floor_ms']:.3f} ms; a step of HuggingFace {record['huggingface_ms']:.2f}"
     )
@@ -156,6 +190,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
+    parser.add_argument(
+        "--windows", type=windows, default="8a,16a,8x2,8ax2,16ax2",
+        help="n of further iterations; a: with an adapter, xC: over C candidates",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=int, default=24, help="of the adapter")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--replays", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=48)
@@ -184,6 +223,7 @@ def main() -> None:
         "floor_ms": 1e3 * read / read_bandwidth(),
         "huggingface_ms": 1e3 * time_eager(model, prompt, 24),
         "sizes": sizes,
+        "windows": time_windows(model, prompt, options.windows, options),
         **provenance("cuda"),
     }
     show(record)

@@ -43,7 +43,7 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
         ])  # fmt: skip
     head = ["n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"]
-    return [
+    lines = [
         f"### The shape of {found['shape']}, {found['dtype']}, on {found['device']}",
         "",
         source(found, path.stem, folder=path.parent.name),
@@ -54,6 +54,22 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
         "",
         *table(head, rows),
     ]
+    others = [
+        [
+            str(row["n"]),
+            str(row["candidates"]),
+            "" if row["rank"] is None else str(row["rank"]),
+            str(row["rows"]),
+            f"{row['iteration_ms']:.2f}",
+            f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+        ]
+        for row in found.get("windows", [])  # older records have none
+    ]
+    if others:
+        head = ["n", "candidates", "rank", "rows", "iteration, ms", "of n = 1"]
+        lines += ["With a gated adapter of a rank, and over several candidates:", ""]
+        lines += table(head, others)
+    return lines
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:

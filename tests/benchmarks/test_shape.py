@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 
 import pytest
 import torch
 
+import cllm
 from benchmarks.decoding import shape, shape_report
+from benchmarks.harness import RESULTS
+from tests.decoding.tiny_models import tiny_model
 
 
 def test_the_page_is_that_of_the_records(tmp_path):
@@ -22,6 +27,39 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["shape.py"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         shape.main()
+
+
+def test_other_windows(tmp_path):
+    assert shape.windows("8,4x2,16a,8ax3") == [
+        (8, 1, False), (4, 2, False), (16, 1, True), (8, 3, True)
+    ]  # fmt: skip
+    path = next(RESULTS.glob("*/shape_*.json"))
+    found = json.loads(path.read_text())
+    row = {"n": 8, "candidates": 3, "rank": 24, "rows": 48, "iteration_ms": 9.0}
+    lines = shape_report.shape_section(found | {"windows": [row]}, path)
+    ratio = 9.0 / found["sizes"]["1"]["iteration_ms"]
+    assert f"| 8 | 3 | 24 | 48 | 9.00 | {ratio:.3f} x |" in lines
+
+
+def test_they_are_timed_with_an_adapter_and_without(monkeypatch):
+    seen = []
+
+    def timed(model, prompt, n, tokens, **changes):
+        seen.append((n, changes["candidates"], changes["adapter"] is not None))
+        # what runs there under graphs runs
+        out = cllm.generate(
+            model, prompt, max_new_tokens=tokens, block_size=n, accept="one", **changes
+        )
+        assert out.shape[1] == prompt.shape[1] + tokens
+        return 0.5
+
+    monkeypatch.setattr(shape, "time_iterations", timed)
+    model = tiny_model("llama")
+    wanted = shape.windows("4,4x2,4a,4ax2")
+    options = argparse.Namespace(rank=2, tokens=3)
+    rows = shape.time_windows(model, torch.randint(5, 90, (1, 9)), wanted, options)
+    assert seen == wanted and [row["rows"] for row in rows] == [4, 8, 8, 16]
+    assert {row["iteration_ms"] for row in rows} == {500.0}
 
 
 @pytest.mark.parametrize("name", sorted(shape.SHAPES))
