@@ -5,6 +5,9 @@ of them. Tiles and splits begin at fixed slots, wherever the block begins: a key
 place in the same sum whether it comes from the cache or from the block, and a masked one adds exact
 zeros. So the bits of a token's result do not depend on where its block began. Splits that a row
 does not reach return at once; a second kernel adds the others in order, without atomics.
+
+A block may hold several chains of tokens behind the same cache, each of which sees itself alone
+(`Chains`): to a program its chain is all of the block.
 """
 
 from __future__ import annotations
@@ -16,12 +19,24 @@ from torch import Tensor
 
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of, tanh
 from cllm_kernels.block_attention import empty_output
+from cllm_kernels.block_attention.triton_sizes import Chains, combine_shape, cuts, tile_shape
 
 _APPEND_ROWS = 16  # tokens that one step of the append copies
 
 
 @triton.jit
-def reach(lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW: tl.constexpr):
+def chain_of(number, n, first_tokens, chain_tokens, CHAINED: tl.constexpr):
+    """Where a chain begins in the block, and its tokens."""
+    begins = n * 0
+    tokens = n
+    if CHAINED:  # sizes of 1 are constants to a kernel, which branches may not redefine
+        begins = tl.where(number == 0, 0, first_tokens + (number - 1) * chain_tokens)
+        tokens = tl.where(number == 0, first_tokens, tl.minimum(chain_tokens, n - begins))
+    return begins, tokens
+
+
+@triton.jit
+def reach(lengths_ptr, row, capacity, window, split_slots, HAS_WINDOW: tl.constexpr):
     """Where a row stands: (length, first slot that its block sees, the split that slot is in)."""
     length = tl.load(lengths_ptr + row)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
@@ -62,6 +77,8 @@ def block_attention_tiles_kernel(
     groups,  # G, query heads per KV head
     kv_heads,
     capacity,
+    first_tokens,  # as in `Chains`, read where CHAINED
+    chain_tokens,
     q_tiles,
     splits,
     split_slots,  # a multiple of BLOCK_N
@@ -71,9 +88,12 @@ def block_attention_tiles_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,  # D, padded to a power of two
     HAS_WINDOW: tl.constexpr,
+    CHAINED: tl.constexpr,
+    KEPT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SPLIT: tl.constexpr,
     ALIGNED: tl.constexpr,  # keys and values of every token begin at a multiple of 16 bytes
+    GUARDED: tl.constexpr,  # a value that is not finite reaches no query that does not see it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     APPEND_ROWS: tl.constexpr,
@@ -85,25 +105,25 @@ def block_attention_tiles_kernel(
     kv_row = tl.program_id(0) // q_tiles
     row = (kv_row // kv_heads).to(tl.int64)
     head = (kv_row % kv_heads).to(tl.int64)
-    length, first, first_split = reach(
-        lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW
-    )
+    length, first, first_split = reach(lengths_ptr, row, capacity, window, split_slots, HAS_WINDOW)
+    chain = tl.program_id(2)
+    begins, tokens = chain_of(chain, n, first_tokens, chain_tokens, CHAINED)
     place = tl.program_id(1)
     split = first_split + place
     feature = tl.arange(0, D_PAD)
     real_feature = feature < D
-    k_new_base = k_new_ptr + row * k_new_row + head * k_new_head
-    v_new_base = v_new_ptr + row * v_new_row + head * v_new_head
+    k_new_base = k_new_ptr + row * k_new_row + head * k_new_head + begins * k_new_token
+    v_new_base = v_new_ptr + row * v_new_row + head * v_new_head + begins * v_new_token
     k_base = k_cache_ptr + row * k_row + head * k_head
     v_base = v_cache_ptr + row * v_row + head * v_head
 
     # The block's keys and values are stored by one program and read from the block by all, so
     # nobody waits: slots below `length` are read from the cache, those above only written.
-    if (place == 0) & (q_tile == 0):
-        for begin in range(0, n, APPEND_ROWS):
+    if (place == 0) & (q_tile == 0) & (KEPT | (chain == 0)):
+        for begin in range(0, tokens, APPEND_ROWS):
             token = begin + tl.arange(0, APPEND_ROWS)
-            slot = (length + token).to(tl.int64)
-            copied = ((token < n) & (slot < capacity))[:, None] & real_feature[None, :]
+            slot = (length + begins + token).to(tl.int64)
+            copied = ((token < tokens) & (slot < capacity))[:, None] & real_feature[None, :]
             token = token.to(tl.int64)
             k = tl.load(k_new_base + token[:, None] * k_new_token + feature[None, :], mask=copied)
             v = tl.load(v_new_base + token[:, None] * v_new_token + feature[None, :], mask=copied)
@@ -111,16 +131,16 @@ def block_attention_tiles_kernel(
             tl.store(v_base + slot[:, None] * v_slot + feature[None, :], v, mask=copied)
 
     begin = tl.maximum(split * split_slots, first // BLOCK_N * BLOCK_N)
-    end = length + n
+    end = length + tokens
     if place < splits - 1:  # the last one goes on to the end, however few splits were launched
         end = tl.minimum(end, (split + 1) * split_slots)
-    if begin >= end:
+    if (begin >= end) | (q_tile * BLOCK_M >= groups * tokens):
         return
 
-    member = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # of the group's G * n query rows
-    real_member = member < groups * n
-    token = member % n
-    q_offset = (head * groups + member // n) * q_head + token.to(tl.int64) * q_token
+    member = q_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # of the chain's G * tokens query rows
+    real_member = member < groups * tokens
+    token = member % tokens
+    q_offset = (head * groups + member // tokens) * q_head + (begins + token).to(tl.int64) * q_token
     q = tl.load(
         q_ptr + row * q_row + q_offset[:, None] + feature[None, :],
         mask=real_member[:, None] & real_feature[None, :],
@@ -143,7 +163,7 @@ def block_attention_tiles_kernel(
         if ALIGNED:  # a choice between two pointers hides from the compiler what both promise
             k_line = tl.multiple_of(k_line, 16)
             v_line = tl.multiple_of(v_line, 16)
-        seen = (slot >= first) & (slot < length + n)
+        seen = (slot >= first) & (slot < length + tokens)
         k = tl.load(
             k_line[None, :] + feature[:, None],
             mask=real_feature[:, None] & seen[None, :],
@@ -162,6 +182,11 @@ def block_attention_tiles_kernel(
         if HAS_CAP:
             scores = softcap * tanh(scores / softcap)
         scores = tl.where(visible, scores, float("-inf"))
+        if GUARDED:  # 0 times what only other queries see is not 0 where that is not finite
+            finite = (v - v) == 0
+            poisoned = tl.min(finite.to(tl.int32), axis=1) == 0
+            v = tl.where(finite, v, 0.0)
+            scores = tl.where(visible & poisoned[None, :], float("nan"), scores)
         best_now = tl.maximum(best, tl.max(scores, axis=1))
         # A query that has seen nothing yet: 0 instead of -inf, whose difference to itself is NaN.
         base = tl.where(best_now == float("-inf"), 0.0, best_now)
@@ -177,12 +202,12 @@ def block_attention_tiles_kernel(
 
     stored = real_member[:, None] & real_feature[None, :]
     if SPLIT:
-        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + member
+        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + groups * begins + member
         tl.store(part_ptr + line[:, None] * D + feature[None, :], acc, mask=stored)
         tl.store(best_ptr + line, best, mask=real_member)
         tl.store(total_ptr + line, total, mask=real_member)
     else:
-        line = (row * n + token) * (kv_heads * groups) + head * groups + member // n
+        line = (row * n + begins + token) * (kv_heads * groups) + head * groups + member // tokens
         # Every query sees itself, so its sum is not 0; a padding row has none to divide by.
         out = acc / tl.where(real_member, total, 1.0)[:, None]
         tl.store(
@@ -203,6 +228,8 @@ def block_attention_combine_kernel(
     groups,
     kv_heads,
     capacity,
+    first_tokens,
+    chain_tokens,
     tiles,
     splits,
     split_slots,
@@ -210,6 +237,7 @@ def block_attention_combine_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -218,18 +246,19 @@ def block_attention_combine_kernel(
     kv_row = tl.program_id(0) // tiles
     row = (kv_row // kv_heads).to(tl.int64)
     head = (kv_row % kv_heads).to(tl.int64)
-    length, _, first_split = reach(lengths_ptr, row, n, capacity, window, split_slots, HAS_WINDOW)
+    length, _, first_split = reach(lengths_ptr, row, capacity, window, split_slots, HAS_WINDOW)
+    begins, tokens = chain_of(tl.program_id(1), n, first_tokens, chain_tokens, CHAINED)
     # Splits beyond have returned without a word: what stands in their place is not read.
-    reached = tl.minimum((length + n - 1) // split_slots - first_split + 1, splits)
+    reached = tl.minimum((length + tokens - 1) // split_slots - first_split + 1, splits)
     member = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     feature = tl.arange(0, D_PAD)
-    real_member = member < groups * n
+    real_member = member < groups * tokens
     stored = real_member[:, None] & (feature < D)[None, :]
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, D_PAD], tl.float32)
     for place in range(0, reached):
-        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + member
+        line = (kv_row.to(tl.int64) * splits + place) * (groups * n) + groups * begins + member
         part = tl.load(part_ptr + line[:, None] * D + feature[None, :], mask=stored, other=0.0)
         part_best = tl.load(best_ptr + line, mask=real_member, other=0.0)
         part_total = tl.load(total_ptr + line, mask=real_member, other=1.0)
@@ -240,54 +269,13 @@ def block_attention_combine_kernel(
         total = total * fade + part_total * weight
         acc = acc * fade[:, None] + part * weight[:, None]
         best = best_now
-    line = (row * n + member % n) * (kv_heads * groups) + head * groups + member // n
+    token = begins + member % tokens
+    line = (row * n + token) * (kv_heads * groups) + head * groups + member // tokens
     tl.store(
         out_ptr + line[:, None] * D + feature[None, :],
         (acc / total[:, None]).to(out_ptr.dtype.element_ty),
         mask=stored,
     )
-
-
-def tile_shape(
-    query_rows: int, padded: int, dtype: torch.dtype, aligned: bool = True
-) -> dict[str, int]:
-    """Tile sizes and launch options for G * n query rows and a head size padded to `padded`.
-
-    Where keys are not aligned they are loaded element by element, which takes registers; fp32 is
-    multiplied without tensor cores, out of registers too: both get smaller tiles.
-    """
-    block_m = 16 if query_rows <= 16 else 32 if query_rows <= 32 else 64
-    if dtype == torch.float32:
-        block_n = 32 if padded <= 128 else 16
-        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 2}
-    if not aligned:
-        block_m = min(block_m, 32 if padded <= 128 else 16)
-        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    if padded > 128:
-        return {"BLOCK_M": min(block_m, 32), "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    warps = 4 if block_m <= 32 else 8
-    stages = 3 if padded < 128 or block_m <= 32 else 2
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
-
-
-def combine_shape(padded: int) -> dict[str, int]:
-    """Query rows per program of the second kernel: few, so that there are programs enough."""
-    return {"BLOCK_R": 4 if padded <= 128 else 2, "num_warps": 4}
-
-
-# Slots of a split: below, writing and adding up the parts costs more than it spreads. A multiple of
-# every BLOCK_N.
-_SPLIT_SLOTS = 512
-_MOST_SPLITS = 64  # of a cache; of a longer one splits are longer
-
-
-def split_size(slots: int) -> int:
-    """Slots per split of a cache of so many. They depend on nothing else: not on the tokens of the
-    block or the rows of the batch, so that a token's sums are the same in any company."""
-    size = _SPLIT_SLOTS
-    while size * _MOST_SPLITS < slots:
-        size *= 2
-    return size
 
 
 def _aligned(tensor: Tensor) -> bool:
@@ -308,9 +296,15 @@ def block_attention(
     softcap: float | None,
     max_length: int | None,
     *,
+    chains: Chains | None = None,
     split_slots: int | None = None,
 ) -> Tensor:
-    """Launches the kernels; nothing is read back. `split_slots` overrides `split_size` (tests)."""
+    """Launches the kernels; nothing is read back.
+
+    Args:
+        chains: None: the block is one.
+        split_slots: overrides `split_size` (tests).
+    """
     batch, heads, n, width = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
     out = empty_output(q)
@@ -320,15 +314,11 @@ def block_attention(
     groups = heads // kv_heads
     padded = max(16, triton.next_power_of_2(width))
     aligned = all(_aligned(t) for t in (k_new, v_new, k_cache, v_cache))
-    shape = tile_shape(groups * n, padded, q.dtype, aligned)
-    q_tiles = triton.cdiv(groups * n, shape["BLOCK_M"])
-    slots = seen = max_length or capacity
-    if window is not None:
-        slots, seen = min(slots, window + n), min(slots, window)
-    if split_slots is None:
-        split_slots = split_size(seen)
-    split_slots = triton.cdiv(split_slots, shape["BLOCK_N"]) * shape["BLOCK_N"]
-    splits = triton.cdiv(slots, split_slots)
+    cut = chains or Chains(n, n, False)
+    most = max(cut.first, min(cut.width, n - cut.first))  # tokens of a chain
+    shape = tile_shape(groups * most, padded, q.dtype, aligned)
+    q_tiles = triton.cdiv(groups * most, shape["BLOCK_M"])
+    split_slots, splits = cuts(max_length or capacity, window, most, split_slots, shape["BLOCK_N"])
     if window is not None and splits > 1:
         splits += 1  # a window need not begin where a split does
     lines = (batch * kv_heads, splits, groups * n)
@@ -338,10 +328,16 @@ def block_attention(
         total = torch.empty(lines, dtype=torch.float32, device=q.device)
     else:
         part = best = total = out
-    sizes = (n, groups, kv_heads, capacity)
-    constants = {"D": width, "D_PAD": padded, "HAS_WINDOW": window is not None}
+    sizes = (n, groups, kv_heads, capacity, cut.first, cut.width)
+    count = cut.count(n)
+    constants = {
+        "D": width,
+        "D_PAD": padded,
+        "HAS_WINDOW": window is not None,
+        "CHAINED": count > 1,
+    }
     with device_of(q):
-        block_attention_tiles_kernel[(batch * kv_heads * q_tiles, splits)](
+        block_attention_tiles_kernel[(batch * kv_heads * q_tiles, splits, count)](
             q,
             k_new,
             v_new,
@@ -365,8 +361,11 @@ def block_attention(
             float(scale),
             softcap or 0.0,
             HAS_CAP=softcap is not None,
+            KEPT=cut.kept,
             SPLIT=splits > 1,
             ALIGNED=aligned,
+            # the range of bfloat16 is that of the sums
+            GUARDED=q.dtype != torch.bfloat16,
             APPEND_ROWS=_APPEND_ROWS,
             **constants,
             **shape,
@@ -375,8 +374,8 @@ def block_attention(
         )
         if splits > 1:
             rows = combine_shape(padded)
-            tiles = triton.cdiv(groups * n, rows["BLOCK_R"])
-            block_attention_combine_kernel[(batch * kv_heads * tiles,)](
+            tiles = triton.cdiv(groups * most, rows["BLOCK_R"])
+            block_attention_combine_kernel[(batch * kv_heads * tiles, count)](
                 *(part, best, total, lengths, out),
                 *sizes,
                 tiles,

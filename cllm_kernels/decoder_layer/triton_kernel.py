@@ -3,10 +3,9 @@ few rows (`block_linear`, which turns heads, adds residuals and does SwiGLU as w
 `block_attention`. Where rows are many, heads have norms or an adapter changes what the products
 give, products and the steps behind them are launches of their own.
 
-Where a block holds several chains of tokens, attention runs over the same cache for one after the
-other, the verify rows last: each writes its keys and values to the verify rows' slots, over those
-of the one before. So none ever loads what it must not see. Chains that are to stay in the cache are
-written to their own slots behind that.
+Where a block holds several chains of tokens, one launch attends to all of them: the programs of a
+chain load the cache in front of the block and its own tokens from where they come, so none ever
+loads what it must not see.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.nn.functional import linear
 
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 from cllm_kernels.block_attention.triton_kernel import block_attention
+from cllm_kernels.block_attention.triton_sizes import Chains
 from cllm_kernels.block_linear.triton_kernel import (
     few_rows,
     silu_mul,
@@ -140,13 +140,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate
 
 
-def append(cache: Tensor, block: Tensor, lengths: Tensor) -> None:
-    """Writes `block` [B, Hkv, n, D] to slots lengths[b] .. of `cache` [B, Hkv, C, D]."""
-    places = lengths[:, None] + torch.arange(block.shape[2], device=lengths.device)  # [B, n]
-    index = places[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
-    cache.scatter_(2, index, block)
-
-
 def decoder_layer(
     hidden: Tensor,  # [B, n, H]
     weights: DecoderWeights,
@@ -166,10 +159,9 @@ def decoder_layer(
     if hidden.numel() == 0:
         return torch.empty_like(hidden)
     n = hidden.shape[1]
-    starts = range(guesses_from, n, guess_width or max(1, n - guesses_from))
-    chains = [(0, guesses_from)] if guesses_from else []
-    chains += [(start, min(n, start + (guess_width or n))) for start in starts]
-
+    width = guess_width or max(1, n - guesses_from)
+    # behind no verify rows the first chain of guesses stands where they would
+    chains = Chains(guesses_from or min(n, width), width, kept=guess_width is not None)
     gated = gated_from < n and any(pair is not None for pair in weights.low_rank)
 
     def few(indices: tuple[int, ...], x: Tensor) -> bool:
@@ -202,26 +194,10 @@ def decoder_layer(
             q, k, v = project((0, 1, 2), x)
             turn(q, k, cos, sin, weights, eps)
         q, k, v = (part.unflatten(2, (-1, weights.head_size)).transpose(1, 2) for part in (q, k, v))
-        parts = [
-            block_attention(
-                q[:, :, first:end],
-                k[:, :, first:end],
-                v[:, :, first:end],
-                k_cache,
-                v_cache,
-                lengths,
-                scale,
-                window,
-                None,
-                None,
-            ).transpose(1, 2)
-            for first, end in reversed(chains)
-        ]
-        if guess_width is not None and guesses_from < n:
-            for cache, block in ((k_cache, k), (v_cache, v)):
-                append(cache, block[:, :, guesses_from:], lengths + guesses_from)
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)
-        h = added(3, mixed.flatten(2), hidden)
+        mixed = block_attention(
+            q, k, v, k_cache, v_cache, lengths, scale, window, None, None, chains=chains
+        )
+        h = added(3, mixed.transpose(1, 2).flatten(2), hidden)
         x = rms_norm(h, weights.mlp_norm, eps)
         if not gated and few((4, 5), x):
             (inner,) = project((4, 5), x, swiglu=True)

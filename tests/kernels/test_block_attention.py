@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import cllm_kernels
+from cllm_kernels._backend import _triton_reason
 from cllm_kernels.block_attention import OP
 from tests.kernels.backends import everywhere, running, slow_interpreter
 from tests.one_thread import one_thread
@@ -212,6 +213,18 @@ def test_splits_of_every_count(backend, device, options, split_slots):
     with running(OP, backend, device):
         operands = make(lengths=(0, 63, 64, 131), n=6, capacity=256, device=device)
         check(operands, run=run, **options)
+
+
+@pytest.mark.parametrize("window", [None, 1, 449, 500, 511, 512, 530, 5000])
+@pytest.mark.parametrize("slots", [64, 520, 2048, 1 << 17])
+def test_where_a_cache_is_cut_does_not_hang_on_the_block(window, slots):
+    if reason := _triton_reason():
+        pytest.skip(reason)
+    from cllm_kernels.block_attention.triton_sizes import cuts
+
+    assert len({cuts(slots, window, n, None, 64) for n in range(1, 65)}) == 1
+    size, splits = cuts(slots, window, 200, None, 64)
+    assert size * splits >= min(slots, (window or slots) + 200)
 
 
 @everywhere(OP)

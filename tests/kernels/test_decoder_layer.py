@@ -24,7 +24,7 @@ MODELS = {
     "more heads than one piece": (48, 33, 14, 2, 16, True, True, 5),
     "a rank above that of the GPU's kernel": (32, 48, 4, 2, 8, False, False, 70),
 }
-NAN = float("nan")
+INF, NAN = float("inf"), float("nan")
 
 
 def make_weights(model, dtype, device="cpu", seed=0):
@@ -269,6 +269,32 @@ def test_garbage_in_guess_rows_stays_there(backend, device, garbage):
                 for row, length in enumerate(lengths):
                     assert cache[row, :, : length + n].isfinite().all()
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("garbage", [INF, NAN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@everywhere(OP)
+def test_what_is_not_finite_stays_behind_the_tokens_before_it(backend, device, dtype, garbage):
+    """A wrong guess that overflows must not reach the right ones in front of it."""
+    weights = make_weights(MODELS["whole vectors"], dtype, device)
+    for chain in ({}, {"guesses_from": 4, "guess_width": 4, "gated_from": 8}):
+        n = 8 if chain else 4
+        hidden, *rest = make_block(weights, [9, 0, 40], n, 64, device=device)
+        outs = []
+        for bad in (False, True):
+            hidden = hidden.clone()
+            if bad:
+                hidden[:, n - 2 :] = garbage
+            caches = [cache.clone(memory_format=torch.preserve_format) for cache in rest[2:4]]
+            with running(OP, backend, device):
+                outs.append(
+                    cllm_kernels.decoder_layer(
+                        hidden, weights, *rest[:2], *caches, rest[4], eps=1e-5, **chain
+                    )
+                )
+        assert outs[0].isfinite().all()
+        assert torch.equal(outs[1][:, : n - 2], outs[0][:, : n - 2])
+        assert outs[1][:, n - 2 :].isnan().all()
 
 
 @everywhere(OP)

@@ -22,7 +22,7 @@ LENGTHS = (0, 3, 600, 1100)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 530])
+@pytest.mark.parametrize("window", [None, 500, 530])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_blocks_of_any_length(model, dtype, window):
     n, weights = 16, make_weights(model, dtype, "cuda")

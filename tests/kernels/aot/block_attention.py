@@ -7,9 +7,8 @@ from cllm_kernels.block_attention.triton_kernel import (
     _APPEND_ROWS,
     block_attention_combine_kernel,
     block_attention_tiles_kernel,
-    combine_shape,
-    tile_shape,
 )
+from cllm_kernels.block_attention.triton_sizes import combine_shape, tile_shape
 from tests.kernels.aot import FLOATS
 
 # (head size, query rows of a group, window and soft-cap, aligned keys and values): decoding's
@@ -42,9 +41,12 @@ def variants():
             types |= {"lengths_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
             sizes = {"D": width, "D_PAD": padded, "HAS_WINDOW": options}
             flags = {
+                "CHAINED": rows <= 64,
+                "KEPT": rows <= 64,
                 "HAS_CAP": options,
                 "SPLIT": True,
                 "ALIGNED": aligned,
+                "GUARDED": short != "bf16",
                 "APPEND_ROWS": _APPEND_ROWS,
                 "PDL": False,
             }
@@ -64,6 +66,9 @@ def variants():
         "block_attention combine",
         block_attention_combine_kernel,
         types,
-        {"D": 256, "D_PAD": 256, "HAS_WINDOW": True, "BLOCK_R": shape["BLOCK_R"], "PDL": False},
+        {
+            **{"D": 256, "D_PAD": 256, "HAS_WINDOW": True, "CHAINED": True},
+            **{"BLOCK_R": shape["BLOCK_R"], "PDL": False},
+        },
         {"num_warps": shape["num_warps"], **FUSION},
     )
