@@ -247,7 +247,7 @@ def turns(rows: int, columns: int, width: int, head_size: int) -> bool:
 def few_rows(
     x: Tensor,  # [..., width] contiguous, at most MOST_ROWS rows of 16 bits
     weights: Sequence[Tensor],  # one to three [columns, width], contiguous
-    biases: Sequence[Tensor | None],  # [columns] each, all or none
+    biases: Sequence[Tensor | None],  # [columns] each, contiguous, all or none
     *,
     swiglu: bool = False,
     add: Tensor | None = None,  # [..., columns] contiguous, of a single layer
@@ -314,7 +314,8 @@ def block_linear(
 ) -> Tensor:
     """[..., N] of x's dtype; what the kernel is not made for goes to torch's product."""
     if takes(x, [weight]):
-        (out,) = few_rows(x.contiguous(), [weight], [bias])
+        # the kernel reads a bias from its address on
+        (out,) = few_rows(x.contiguous(), [weight], [None if bias is None else bias.contiguous()])
     else:
         out = linear(x, weight, bias)
     if a is not None and b is not None:

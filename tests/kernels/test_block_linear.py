@@ -139,6 +139,23 @@ def test_strided_arguments(backend, device, dtype):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_expanded_arguments(backend, device, dtype):
+    """One row that stands for all, one number that stands for a whole bias."""
+    given = make(5, 64, 24, 4, dtype, device)
+    x, row, number = given["x"], given["weight"][:1], given["bias"][:1]
+    a, b = given["low_rank"]
+    term = {"low_rank": (a[:1].expand(4, 64), b[:1].expand(24, 4)), "gated_from": 2}
+    with running(OP, backend, device):
+        for weight in (row.expand(24, 64), given["weight"]):
+            for bias in (number.expand(24), given["bias"].repeat_interleave(2)[::2]):
+                for _ in range(2):
+                    check(cllm_kernels.block_linear(x, weight, bias), exact(x, weight, bias), 64)
+                found = cllm_kernels.block_linear(x, weight, bias, **term)
+                check(found, exact(x, weight, bias, **term), 68)
+
+
+@everywhere(OP)
 def test_what_is_not_finite_stays_in_its_row(backend, device):
     given = make(6, 40, 30, 4, torch.float32, device)
     clean = given["x"].clone()
@@ -164,6 +181,13 @@ def test_nothing_to_do(backend, device):
         assert cllm_kernels.block_linear(
             torch.ones(2, 5, device=device), torch.ones(0, 5, device=device)
         ).shape == (2, 0)
+        x, weight, bias = torch.ones(2, 3, 0), torch.ones(4, 0), torch.randn(4)
+        x, weight, bias = (tensor.to(device) for tensor in (x, weight, bias))
+        term = {"low_rank": (torch.ones(2, 0, device=device), torch.ones(4, 2, device=device))}
+        assert torch.equal(cllm_kernels.block_linear(x, weight), torch.zeros(2, 3, 4).to(device))
+        for given in ({}, term):
+            found = cllm_kernels.block_linear(x, weight, bias, **given)
+            assert torch.equal(found, bias.expand(2, 3, 4))
 
 
 def test_gradients_are_torchs():

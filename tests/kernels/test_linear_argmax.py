@@ -191,6 +191,18 @@ def test_strided_operands_and_no_rows(backend, device):
         assert index.shape == value.shape == (0,)
 
 
+@pytest.mark.usefixtures("both_products")
+@everywhere(OP)
+def test_an_expanded_weight_and_no_width(backend, device):
+    with running(OP, backend, device):
+        hidden, weight, bias = operands(3, 40, 24, torch.float32, device)
+        index, _ = check(hidden, weight[:1].expand(40, 24))
+        assert index.tolist() == [0, 0, 0]
+        index, value = cllm_kernels.linear_argmax(hidden[:, :0], weight[:, :0], bias=bias)
+        assert torch.equal(index, bias.argmax().expand(3))
+        assert torch.equal(value, bias.amax().expand(3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_as_a_model_holds_them(dtype):
     head = torch.nn.Linear(32, 77, bias=True, dtype=dtype)
