@@ -327,8 +327,8 @@ inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count
     if (answer == Answer::kNo) Py_RETURN_NONE;
     View x, weight, bias{}, a{}, b{}, out;
     const bool has_bias = args[2] != Py_None, gated = args[3] != Py_None;
-    if (!borrow(args[0], x) || !borrow(args[1], weight) || !borrow(args[5], out) ||
-        (has_bias && !borrow(args[2], bias)) ||
+    if (gated != (args[4] != Py_None) || !borrow(args[0], x) || !borrow(args[1], weight) ||
+        !borrow(args[5], out) || (has_bias && !borrow(args[2], bias)) ||
         (gated && (!borrow(args[3], a) || !borrow(args[4], b)))) {
         Py_RETURN_NONE;
     }

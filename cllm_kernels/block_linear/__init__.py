@@ -81,7 +81,10 @@ def block_linear(
     if _direct is not None and gated_from >= 0 and not is_compiling():
         # One native call checks everything and runs; it answers None to leave the rest to do.
         threads = OP.native_threads(x.device)
-        if threads and x.is_cpu and weight.dim() == 2 and not (x.is_neg() or weight.is_neg()):
+        negated = x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg())
+        if a is not None and b is not None:
+            negated = negated or a.is_neg() or b.is_neg()
+        if threads and x.is_cpu and weight.dim() == 2 and not negated:
             out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
             if _direct(x, weight, bias, a, b, out, gated_from, threads) is not None:
                 return out

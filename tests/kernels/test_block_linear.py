@@ -156,6 +156,21 @@ def test_expanded_arguments(backend, device, dtype):
 
 
 @everywhere(OP)
+def test_negated_views_are_read_as_their_values(backend, device):
+    given = make(4, 64, 24, 3, torch.float16, device)
+    x, weight, bias, (a, b) = given.values()
+    with running(OP, backend, device):
+        for index in range(5):
+            tensors = [x, weight, bias, a, b]
+            tensors[index] = torch._neg_view(tensors[index])
+            x1, weight1, bias1, *pair = tensors
+            wanted = exact(x1, weight1, bias1, pair)
+            for _ in range(2):
+                found = cllm_kernels.block_linear(x1, weight1, bias1, low_rank=tuple(pair))
+                check(found, wanted, 67)
+
+
+@everywhere(OP)
 def test_what_is_not_finite_stays_in_its_row(backend, device):
     given = make(6, 40, 30, 4, torch.float32, device)
     clean = given["x"].clone()
@@ -242,6 +257,7 @@ def test_compiled_without_a_graph_break():
         ({"gated_from": 5}, ValueError, r"gated_from must be a row of x \[4, 6\], not 5"),
         ({"gated_from": -1}, ValueError, "gated_from must be a row of x"),
         ({"low_rank": (torch.zeros(2, 6), None)}, ValueError, "not half of it"),
+        ({"low_rank": (None, torch.zeros(5, 2))}, ValueError, "not half of it"),
         (
             {"low_rank": (torch.zeros(2, 6), torch.zeros(5, 3))},
             ValueError,
@@ -250,7 +266,9 @@ def test_compiled_without_a_graph_break():
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
-    given = make(4, 6, 5, 2, torch.float32) | {"gated_from": 1} | changes
+    given = make(4, 6, 5, 2, torch.float32) | {"gated_from": 1}
+    cllm_kernels.block_linear(**given)  # from now on there is a direct call, too
+    given |= changes
     for _ in range(2):
         with pytest.raises(error, match=message):
             cllm_kernels.block_linear(**given)

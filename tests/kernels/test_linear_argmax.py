@@ -203,6 +203,18 @@ def test_an_expanded_weight_and_no_width(backend, device):
         assert torch.equal(value, bias.amax().expand(3))
 
 
+@everywhere(OP)
+def test_negated_views_are_read_as_their_values(backend, device):
+    tensors = operands(3, 40, 24, torch.float32, device)
+    with running(OP, backend, device):
+        for index in range(3):
+            hidden, weight, bias = (
+                torch._neg_view(tensor) if i == index else tensor
+                for i, tensor in enumerate(tensors)
+            )
+            check(hidden, weight, bias)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_as_a_model_holds_them(dtype):
     head = torch.nn.Linear(32, 77, bias=True, dtype=dtype)
