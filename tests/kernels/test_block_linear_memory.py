@@ -49,3 +49,14 @@ except MemoryError:
 """
     )
     assert out.split() == ["MemoryError", "33.0"]
+
+
+def test_much_scratch_is_given_back():
+    out = run(
+        """
+before = pages(1)
+block_linear(x, weight)
+print(pages(1) - before)
+"""
+    )
+    assert int(out) < 32 << 20
