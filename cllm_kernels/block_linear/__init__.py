@@ -65,8 +65,8 @@ def block_linear(
         gated_from: the first row, of the second to last dimension, that gets the term.
 
     Returns:
-        [..., N] of x's dtype. Where a gradient is wanted (grad mode is on and an argument requires
-        it), this is made of torch.nn.functional.linear itself.
+        [..., N] of x's dtype, under torch.autocast, too. Where a gradient is wanted (grad mode is
+        on and an argument requires it), this is made of torch.nn.functional.linear itself.
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: another dtype, or several.

@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 from triton.runtime import driver
 
+from cllm_kernels._common import without_autocast
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
+linear = without_autocast(functional.linear)
 MOST_ROWS = 64  # above, torch's own product
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on an H100
 

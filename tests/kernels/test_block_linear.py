@@ -224,6 +224,23 @@ def test_gradients_are_torchs():
         assert not cllm_kernels.block_linear(x, weight, bias).requires_grad
 
 
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_nothing(backend, device, dtype):
+    if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 tl.dot wrongly")
+    given = make(4, 64, 5, 2, dtype, device) | {"gated_from": 1}
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    with running(OP, backend, device):
+        for _ in range(2):
+            wanted = cllm_kernels.block_linear(**given)
+            with torch.autocast(device, other):
+                assert torch.equal(cllm_kernels.block_linear(**given), wanted)
+        given["x"].requires_grad_()  # torch's own product, which autocast would change
+        with torch.autocast(device, other):
+            assert cllm_kernels.block_linear(**given).dtype is dtype
+
+
 def test_opcheck():
     given = make(4, 6, 5, 2, torch.float32)
     op = torch.ops.cllm_kernels.block_linear.default
@@ -241,6 +258,10 @@ def test_compiled_without_a_graph_break():
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**given), twice(**given))
+    given["x"].requires_grad_()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(compiled(**given), twice(**given))
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,23 @@ def test_opcheck_and_the_list_of_tensors():
     )
 
 
+@everywhere(OP)
+def test_autocast_changes_nothing(backend, device):
+    weights = make_weights(MODELS["rests everywhere"], torch.float32, device)
+    block = make_block(weights, [5, 0], 3, 16, device=device)
+    outs = []
+    with running(OP, backend, device):
+        for enabled in (False, True):
+            caches = [cache.clone() for cache in block[3:5]]
+            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+                outs.append(
+                    cllm_kernels.decoder_layer(
+                        block[0], weights, *block[1:3], *caches, block[5], eps=1e-5
+                    )
+                )
+    assert torch.equal(*outs)
+
+
 def test_gradients_are_refused():
     weights = make_weights(MODELS["whole vectors"], torch.float32)
     block = make_block(weights, [5], 3, 16)

@@ -203,6 +203,17 @@ def test_an_expanded_weight_and_no_width(backend, device):
         assert torch.equal(value, bias.amax().expand(3))
 
 
+@pytest.mark.usefixtures("both_products")
+@everywhere(OP)
+def test_autocast_changes_nothing(backend, device):
+    with running(OP, backend, device):
+        given = operands(3, 40, 24, torch.float32, device)
+        wanted = check(*given)
+        with torch.autocast(device, torch.bfloat16):
+            found = cllm_kernels.linear_argmax(*given[:2], bias=given[2])
+        assert all(map(torch.equal, found, wanted))
+
+
 @everywhere(OP)
 def test_negated_views_are_read_as_their_values(backend, device):
     tensors = operands(3, 40, 24, torch.float32, device)
