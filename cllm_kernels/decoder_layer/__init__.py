@@ -119,7 +119,7 @@ def decoder_layer(
     checked_window(window)
     guesses, gated = checked_rows(hidden.shape[1], guesses_from, guess_width, gated_from)
     if torch.is_grad_enabled():
-        refuse_gradients(hidden, weights)
+        refuse_gradients(weights, hidden, cos, sin, k_cache, v_cache)
     places = (cos, sin, k_cache, v_cache, lengths)
     options = (scale, eps, window, guesses, guess_width, gated)
     if eager(hidden, *places) and not (hidden.is_neg() or cos.is_neg() or sin.is_neg()):
