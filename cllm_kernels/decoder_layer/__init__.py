@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels._common import LIBRARY, eager, without_autocast
 from cllm_kernels.decoder_layer.checks import (
     checked_rows,
     checked_scale,
@@ -36,7 +36,8 @@ def _cpp() -> Any:
 def _triton() -> Any:
     from cllm_kernels.decoder_layer import triton_kernel
 
-    return triton_kernel.decoder_layer
+    # what its kernels are not made for are torch's own products
+    return without_autocast(triton_kernel.decoder_layer)
 
 
 OP = register(
