@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from cllm_kernels._native import native_module
+
+Result = TypeVar("Result")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The numbers of enum class Dtype in csrc/ops.h.
@@ -25,7 +28,7 @@ _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
 _transforms: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _tracing: Any = getattr(torch._C, "_get_tracing_state", None)
 _can_tell = None not in (_dispatch_modes, _function_modes, _transforms, _tracing)
-_plain = (Tensor, Parameter)
+PLAIN_TYPES = (Tensor, Parameter)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -48,7 +51,7 @@ def _eager(*tensors: Tensor) -> bool:
     if _dispatch_modes() or _function_modes() or _transforms() or _tracing() is not None:
         return False
     for tensor in tensors:
-        if type(tensor) not in _plain:
+        if type(tensor) not in PLAIN_TYPES:
             return False
     return tensors[0].device.type in _DEVICES
 
@@ -70,6 +73,21 @@ def eager(*tensors: Tensor) -> bool:
 if DIRECT is not None:
     _ask: Callable[..., bool] = DIRECT.direct_eager
     eager = _eager_direct
+
+
+def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, run as if there were no torch.autocast, which would round what its products
+    read and give results of another dtype; its first argument tells the device."""
+
+    @wraps(function)
+    def run(first: Tensor, *rest: Any) -> Result:
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):  # which meta has not
+            return function(first, *rest)
+        with torch.autocast(device, enabled=False):
+            return function(first, *rest)
+
+    return run
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "ops.h"
+#include "without_gil.h"
 
 namespace cllm::direct {
 
@@ -221,10 +222,11 @@ inline PyObject* jacobi_step(PyObject*, PyObject* const* args, Py_ssize_t count)
     }
     step.accepted = result.as<int64_t>();
     if (device.type == kCpu) {
-        int64_t bad;
-        Py_BEGIN_ALLOW_THREADS;
-        bad = jacobi_step_cpu(step, threads);
-        Py_END_ALLOW_THREADS;
+        int64_t bad = -1;
+        if (!without_gil([&] { bad = jacobi_step_cpu(step, threads); })) {
+            Py_DECREF(accepted);
+            return nullptr;
+        }
         if (bad < 0) return accepted;
     }
 #ifdef CLLM_WITH_CUDA
@@ -299,9 +301,10 @@ inline PyObject* row_argmax(PyObject*, PyObject* const* args, Py_ssize_t count) 
     if (rows > 0) {
         const Rows table{
             logits.as<const void>(), dtype, rows, sizes[0], strides[1], strides[0], columns};
-        Py_BEGIN_ALLOW_THREADS;
-        row_argmax_cpu(table, index.as<int64_t>(), value.as<void>(), threads);
-        Py_END_ALLOW_THREADS;
+        const auto work = [&] {
+            row_argmax_cpu(table, index.as<int64_t>(), value.as<void>(), threads);
+        };
+        if (!without_gil(work)) return nullptr;
     }
     return PyLong_FromLong(-1);
 }
@@ -327,8 +330,8 @@ inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count
     if (answer == Answer::kNo) Py_RETURN_NONE;
     View x, weight, bias{}, a{}, b{}, out;
     const bool has_bias = args[2] != Py_None, gated = args[3] != Py_None;
-    if (!borrow(args[0], x) || !borrow(args[1], weight) || !borrow(args[5], out) ||
-        (has_bias && !borrow(args[2], bias)) ||
+    if (gated != (args[4] != Py_None) || !borrow(args[0], x) || !borrow(args[1], weight) ||
+        !borrow(args[5], out) || (has_bias && !borrow(args[2], bias)) ||
         (gated && (!borrow(args[3], a) || !borrow(args[4], b)))) {
         Py_RETURN_NONE;
     }
@@ -376,9 +379,7 @@ inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count
                              rank,
                              period,
                              gated_from};
-    Py_BEGIN_ALLOW_THREADS;
-    block_linear_cpu(linear, threads);
-    Py_END_ALLOW_THREADS;
+    if (!without_gil([&] { block_linear_cpu(linear, threads); })) return nullptr;
     return PyLong_FromLong(-1);
 }
 

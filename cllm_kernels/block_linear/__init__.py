@@ -65,8 +65,8 @@ def block_linear(
         gated_from: the first row, of the second to last dimension, that gets the term.
 
     Returns:
-        [..., N] of x's dtype. Where a gradient is wanted (grad mode is on and an argument requires
-        it), this is made of torch.nn.functional.linear itself.
+        [..., N] of x's dtype, under torch.autocast, too. Where a gradient is wanted (grad mode is
+        on and an argument requires it), this is made of torch.nn.functional.linear itself.
 
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: another dtype, or several.
@@ -81,7 +81,10 @@ def block_linear(
     if _direct is not None and gated_from >= 0 and not is_compiling():
         # One native call checks everything and runs; it answers None to leave the rest to do.
         threads = OP.native_threads(x.device)
-        if threads and x.is_cpu and weight.dim() == 2 and not (x.is_neg() or weight.is_neg()):
+        negated = x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg())
+        if a is not None and b is not None:
+            negated = negated or a.is_neg() or b.is_neg()
+        if threads and x.is_cpu and weight.dim() == 2 and not negated:
             out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
             if _direct(x, weight, bias, a, b, out, gated_from, threads) is not None:
                 return out

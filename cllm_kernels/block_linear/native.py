@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,12 @@ def block_linear_cpu(
 ) -> Tensor:
     """[..., N] of x's dtype."""
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
+    # counted: -1 could be any number where a size is 0
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     gate = None
     if a is not None and b is not None:
         gate = (a.contiguous(), b.contiguous(), x.shape[-2], gated_from)
-    linear_into(out.view(-1, weight.shape[0]), rows, weight, bias, gate)
+    linear_into(out.view(rows.shape[0], weight.shape[0]), rows, weight, bias, gate)
     return out
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllm_kernels._common import without_autocast
 
+
+@without_autocast
 def block_linear(
     x: Tensor,  # [..., H]
     weight: Tensor,  # [N, H]

@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 from triton.runtime import driver
 
+from cllm_kernels._common import without_autocast
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
 
+linear = without_autocast(functional.linear)
 MOST_ROWS = 64  # above, torch's own product
 SHARED = 227 * 1024  # bytes of shared memory that a block may have on an H100
 
@@ -247,7 +249,7 @@ def turns(rows: int, columns: int, width: int, head_size: int) -> bool:
 def few_rows(
     x: Tensor,  # [..., width] contiguous, at most MOST_ROWS rows of 16 bits
     weights: Sequence[Tensor],  # one to three [columns, width], contiguous
-    biases: Sequence[Tensor | None],  # [columns] each, all or none
+    biases: Sequence[Tensor | None],  # [columns] each, contiguous, all or none
     *,
     swiglu: bool = False,
     add: Tensor | None = None,  # [..., columns] contiguous, of a single layer
@@ -314,7 +316,8 @@ def block_linear(
 ) -> Tensor:
     """[..., N] of x's dtype; what the kernel is not made for goes to torch's product."""
     if takes(x, [weight]):
-        (out,) = few_rows(x.contiguous(), [weight], [bias])
+        # the kernel reads a bias from its address on
+        (out,) = few_rows(x.contiguous(), [weight], [None if bias is None else bias.contiguous()])
     else:
         out = linear(x, weight, bias)
     if a is not None and b is not None:

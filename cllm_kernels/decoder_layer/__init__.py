@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels._common import LIBRARY, eager, without_autocast
 from cllm_kernels.decoder_layer.checks import (
     checked_rows,
     checked_scale,
@@ -36,7 +36,8 @@ def _cpp() -> Any:
 def _triton() -> Any:
     from cllm_kernels.decoder_layer import triton_kernel
 
-    return triton_kernel.decoder_layer
+    # what its kernels are not made for are torch's own products
+    return without_autocast(triton_kernel.decoder_layer)
 
 
 OP = register(
@@ -119,7 +120,7 @@ def decoder_layer(
     checked_window(window)
     guesses, gated = checked_rows(hidden.shape[1], guesses_from, guess_width, gated_from)
     if torch.is_grad_enabled():
-        refuse_gradients(hidden, weights)
+        refuse_gradients(weights, hidden, cos, sin, k_cache, v_cache)
     places = (cos, sin, k_cache, v_cache, lengths)
     options = (scale, eps, window, guesses, guess_width, gated)
     if eager(hidden, *places) and not (hidden.is_neg() or cos.is_neg() or sin.is_neg()):

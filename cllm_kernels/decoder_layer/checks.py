@@ -39,12 +39,15 @@ def checked_rows(
     return guesses, gated
 
 
-def refuse_gradients(hidden: Tensor, weights: DecoderWeights) -> None:
-    if hidden.requires_grad or any(weight.requires_grad for weight in weights.linears):
-        raise RuntimeError(
-            "decoder_layer has no gradient, but an argument requires one; "
-            "call it under torch.no_grad()"
-        )
+def refuse_gradients(weights: DecoderWeights, *others: Tensor) -> None:
+    """Asks every tensor anew, as a weight may have been frozen or not since the last call."""
+    for tensors in (others, weights.tensors):
+        for tensor in tensors:
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    "decoder_layer has no gradient, but an argument requires one; "
+                    "call it under torch.no_grad()"
+                )
 
 
 def fits(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from cllm_kernels._common import without_autocast
 from cllm_kernels.decoder_layer.checks import no_room
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 from cllm_kernels.rms_norm.reference import rms_norm
@@ -20,6 +21,7 @@ def decoder_layer(hidden: Tensor, *rest: Any) -> Tensor:
     return layer(hidden, *rest)
 
 
+@without_autocast
 def layer(
     hidden: Tensor,  # [B, n, H]
     weights: DecoderWeights,

@@ -152,8 +152,8 @@ def decoder_layers(
     batch, n, width = hidden.shape
     guesses, gated = checked_rows(n, guesses_from, guess_width, gated_from)
     if torch.is_grad_enabled():
-        for layer in stack.weights:
-            refuse_gradients(hidden, layer)
+        for layer, caches in zip(stack.weights, stack.caches, strict=True):
+            refuse_gradients(layer, hidden, cos, sin, *caches)
     native = stack.table is not None and OP.choose(hidden.device, current_backend()) == "cpp"
     negative = hidden.is_neg() or cos.is_neg() or sin.is_neg()
     if not native or negative or not eager(hidden, cos, sin, lengths):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm_kernels._common import FLOAT_DTYPES, dtype_text, shape_text
+from cllm_kernels._common import FLOAT_DTYPES, PLAIN_TYPES, dtype_text, shape_text
 
 LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
 LowRank = tuple[Tensor, Tensor]
@@ -33,7 +33,8 @@ class DecoderWeights:
             `cllm_kernels.block_linear`; () for none.
 
     Raises:
-        ValueError: shapes, strides or devices that do not fit; TypeError: dtypes.
+        ValueError: shapes, strides or devices that do not fit; TypeError: dtypes, or a subclass of
+            torch.Tensor (other than Parameter).
     """
 
     query: Tensor
@@ -50,6 +51,7 @@ class DecoderWeights:
     key_norm: Tensor | None = None
     biases: Sequence[Tensor | None] = ()
     low_rank: Sequence[LowRank | None] = ()
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # all there are
     addresses: tuple[int, ...] = field(init=False, repr=False)
     ranks: tuple[int, ...] = field(init=False, repr=False)
 
@@ -66,8 +68,10 @@ class DecoderWeights:
         if (self.query_norm is None) != (self.key_norm is None):
             raise ValueError("DecoderWeights: query_norm and key_norm must be given both or not")
         self._check_sizes()
-        for name, tensor, shape in self._expected():
+        expected = self._expected()
+        for name, tensor, shape in expected:
             self._check(name, tensor, shape)
+        object.__setattr__(self, "tensors", tuple(tensor for _, tensor, _ in expected))
         object.__setattr__(self, "addresses", self._addresses())
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in self.low_rank)
         object.__setattr__(self, "ranks", ranks)
@@ -107,6 +111,11 @@ class DecoderWeights:
             )
         if self.query.dim() != 2 or self.key.dim() != 2 or self.gate.dim() != 2:
             raise ValueError("DecoderWeights: query, key and gate must be [rows, H]")
+        if not self.query.shape[1] or not self.gate.shape[0]:
+            raise ValueError(
+                f"DecoderWeights: hidden size {self.query.shape[1]} and MLP size "
+                f"{self.gate.shape[0]} must be at least 1"
+            )
         heads, kv_heads = self.query.shape[0], self.key.shape[0]
         if heads % self.head_size or kv_heads % self.head_size or not heads or not kv_heads:
             raise ValueError(
@@ -147,6 +156,10 @@ class DecoderWeights:
         return [entry for entry in expected if entry[1] is not None]  # type: ignore[misc]
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if type(tensor) not in PLAIN_TYPES:  # others need not have their numbers at data_ptr()
+            raise TypeError(
+                f"DecoderWeights: {name} must be a plain tensor, not {type(tensor).__name__}"
+            )
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"DecoderWeights: {name} must be {list(shape)} to fit the others, "

@@ -98,7 +98,11 @@ def linear_argmax(
         direct = eager(hidden, weight)
     else:
         direct = eager(*(x for x in (hidden, weight, bias, seed, row, position) if x is not None))
-    if direct and not (hidden.is_neg() or weight.is_neg()):
+    # asked last: a compiler, which is not direct, cannot trace the question
+    if direct:
+        negated = hidden.is_neg() or weight.is_neg()
+        direct = not (negated or (bias is not None and bias.is_neg()))
+    if direct:
         hidden = hidden.detach() if hidden.requires_grad else hidden
         weight = weight.detach() if weight.requires_grad else weight
         run = OP.resolve(hidden.device)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cllm_kernels._common import without_autocast
 from cllm_kernels.gumbel_noise.arguments import check_row_ids
 from cllm_kernels.gumbel_noise.reference import gumbel_noise
 
 
+@without_autocast
 def linear_argmax(
     hidden: Tensor,  # [M, H]
     weight: Tensor,  # [V, H]

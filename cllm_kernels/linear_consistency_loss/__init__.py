@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels._common import LIBRARY, eager, without_autocast
 from cllm_kernels.linear_consistency_loss.checks import check, check_values
 from cllm_kernels.linear_consistency_loss.options import (
     STATE_FIELDS,
@@ -201,12 +201,14 @@ def _implementation(student: Tensor) -> Implementation:
     return OP.resolve(student.device)
 
 
+@without_autocast
 def _losses(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options, wanted = _unpacked(arguments)
     check_values(operands)
     return tuple(_implementation(operands.student).losses(operands, options, wanted))
 
 
+@without_autocast
 def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options, wanted = _unpacked(arguments)
     implementation = _implementation(operands.student)

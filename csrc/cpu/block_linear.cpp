@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+#include "scratch.h"
 
 namespace cllm {
 namespace {
@@ -163,8 +165,9 @@ void block_linear_cpu(const BlockLinear& linear, int threads) {
     if (linear.rows == 0 || linear.columns == 0) return;
     // Reading so many weights takes as long as waking a thread.
     constexpr int64_t kWeightsPerThread = 1 << 15;
-    static thread_local std::vector<char> buffer;
-    char* const scratch = aligned_bytes(buffer, block_linear_scratch(&linear, 1));
+    static thread_local Scratch kept;
+    std::unique_ptr<char[]> large;
+    char* const scratch = kept.take(block_linear_scratch(&linear, 1), large);
     const int64_t units = (linear.columns + kUnit - 1) / kUnit;
     const int64_t useful = linear.columns * linear.width / kWeightsPerThread + 1;
     const int64_t workers = std::min({static_cast<int64_t>(threads), useful, units});

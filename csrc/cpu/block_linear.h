@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "ops.h"
 
@@ -42,16 +41,5 @@ extern const BlockLinearKernels kBlockLinearAvx512Bf16;  // bf16 alone, by its d
 void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scratch);
 
 int64_t block_linear_scratch(const BlockLinear* linears, int64_t count);
-
-constexpr int64_t kLine = 64;  // vectors that straddle cache lines are read at half the speed
-
-// `bytes` of the buffer, aligned to lines.
-inline char* aligned_bytes(std::vector<char>& buffer, int64_t bytes) {
-    if (buffer.size() < static_cast<size_t>(bytes + kLine)) buffer.resize(bytes + kLine);
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return buffer.data() + (kLine - address % kLine) % kLine;
-}
-
-inline int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 }  // namespace cllm

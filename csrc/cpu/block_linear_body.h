@@ -176,9 +176,9 @@ template <typename Type, typename Out>
 void typed_span(const BlockLinear& linear, const BlockLinearInput& input, int64_t first,
                 int64_t last) {
     const int64_t row_bytes = linear.weight_stride * sizeof(typename Type::Element);
-    // 60: a multiple of every number of weights per tile
-    const int64_t shared =
-        row_bytes * 60 < kSharedBytes ? kSharedBytes / (row_bytes * 60) * 60 : 60;
+    // 60: a multiple of every number of weights per tile; rows of an expanded weight are 0 apart
+    const bool many = row_bytes > 0 && row_bytes * 60 < kSharedBytes;
+    const int64_t shared = many ? kSharedBytes / (row_bytes * 60) * 60 : 60;
     const int64_t groups = (linear.rows + kMostRows - 1) / kMostRows;
     for (int64_t begin = first; begin < last; begin += shared) {
         const int64_t end = begin + shared < last ? begin + shared : last;

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "block_linear.h"
+#include "scratch.h"
 
 namespace cllm {
 namespace {
@@ -269,8 +271,9 @@ int64_t decoder_layers_cpu(const DecoderLayer* layers, int64_t count, int thread
         bytes = std::max(bytes, passes.back().bytes());
     }
     if (count == 0 || layers[0].batch == 0 || layers[0].n == 0) return -1;
-    static thread_local std::vector<char> buffer;
-    char* const data = aligned_bytes(buffer, bytes);
+    static thread_local Scratch kept;
+    std::unique_ptr<char[]> large;
+    char* const data = kept.take(bytes, large);
     for (Pass& pass : passes) pass.place(data);
     (void)threads;  // unused by a compiler without OpenMP
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -139,6 +139,38 @@ def test_strided_arguments(backend, device, dtype):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_expanded_arguments(backend, device, dtype):
+    """One row that stands for all, one number that stands for a whole bias."""
+    given = make(5, 64, 24, 4, dtype, device)
+    x, row, number = given["x"], given["weight"][:1], given["bias"][:1]
+    a, b = given["low_rank"]
+    term = {"low_rank": (a[:1].expand(4, 64), b[:1].expand(24, 4)), "gated_from": 2}
+    with running(OP, backend, device):
+        for weight in (row.expand(24, 64), given["weight"]):
+            for bias in (number.expand(24), given["bias"].repeat_interleave(2)[::2]):
+                for _ in range(2):
+                    check(cllm_kernels.block_linear(x, weight, bias), exact(x, weight, bias), 64)
+                found = cllm_kernels.block_linear(x, weight, bias, **term)
+                check(found, exact(x, weight, bias, **term), 68)
+
+
+@everywhere(OP)
+def test_negated_views_are_read_as_their_values(backend, device):
+    given = make(4, 64, 24, 3, torch.float16, device)
+    x, weight, bias, (a, b) = given.values()
+    with running(OP, backend, device):
+        for index in range(5):
+            tensors = [x, weight, bias, a, b]
+            tensors[index] = torch._neg_view(tensors[index])
+            x1, weight1, bias1, *pair = tensors
+            wanted = exact(x1, weight1, bias1, pair)
+            for _ in range(2):
+                found = cllm_kernels.block_linear(x1, weight1, bias1, low_rank=tuple(pair))
+                check(found, wanted, 67)
+
+
+@everywhere(OP)
 def test_what_is_not_finite_stays_in_its_row(backend, device):
     given = make(6, 40, 30, 4, torch.float32, device)
     clean = given["x"].clone()
@@ -164,6 +196,13 @@ def test_nothing_to_do(backend, device):
         assert cllm_kernels.block_linear(
             torch.ones(2, 5, device=device), torch.ones(0, 5, device=device)
         ).shape == (2, 0)
+        x, weight, bias = torch.ones(2, 3, 0), torch.ones(4, 0), torch.randn(4)
+        x, weight, bias = (tensor.to(device) for tensor in (x, weight, bias))
+        term = {"low_rank": (torch.ones(2, 0, device=device), torch.ones(4, 2, device=device))}
+        assert torch.equal(cllm_kernels.block_linear(x, weight), torch.zeros(2, 3, 4).to(device))
+        for given in ({}, term):
+            found = cllm_kernels.block_linear(x, weight, bias, **given)
+            assert torch.equal(found, bias.expand(2, 3, 4))
 
 
 def test_gradients_are_torchs():
@@ -185,6 +224,23 @@ def test_gradients_are_torchs():
         assert not cllm_kernels.block_linear(x, weight, bias).requires_grad
 
 
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_nothing(backend, device, dtype):
+    if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 tl.dot wrongly")
+    given = make(4, 64, 5, 2, dtype, device) | {"gated_from": 1}
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    with running(OP, backend, device):
+        for _ in range(2):
+            wanted = cllm_kernels.block_linear(**given)
+            with torch.autocast(device, other):
+                assert torch.equal(cllm_kernels.block_linear(**given), wanted)
+        given["x"].requires_grad_()  # torch's own product, which autocast would change
+        with torch.autocast(device, other):
+            assert cllm_kernels.block_linear(**given).dtype is dtype
+
+
 def test_opcheck():
     given = make(4, 6, 5, 2, torch.float32)
     op = torch.ops.cllm_kernels.block_linear.default
@@ -202,6 +258,10 @@ def test_compiled_without_a_graph_break():
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**given), twice(**given))
+    given["x"].requires_grad_()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(compiled(**given), twice(**given))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +278,7 @@ def test_compiled_without_a_graph_break():
         ({"gated_from": 5}, ValueError, r"gated_from must be a row of x \[4, 6\], not 5"),
         ({"gated_from": -1}, ValueError, "gated_from must be a row of x"),
         ({"low_rank": (torch.zeros(2, 6), None)}, ValueError, "not half of it"),
+        ({"low_rank": (None, torch.zeros(5, 2))}, ValueError, "not half of it"),
         (
             {"low_rank": (torch.zeros(2, 6), torch.zeros(5, 3))},
             ValueError,
@@ -226,7 +287,9 @@ def test_compiled_without_a_graph_break():
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):
-    given = make(4, 6, 5, 2, torch.float32) | {"gated_from": 1} | changes
+    given = make(4, 6, 5, 2, torch.float32) | {"gated_from": 1}
+    cllm_kernels.block_linear(**given)  # from now on there is a direct call, too
+    given |= changes
     for _ in range(2):
         with pytest.raises(error, match=message):
             cllm_kernels.block_linear(**given)

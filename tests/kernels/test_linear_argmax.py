@@ -191,6 +191,41 @@ def test_strided_operands_and_no_rows(backend, device):
         assert index.shape == value.shape == (0,)
 
 
+@pytest.mark.usefixtures("both_products")
+@everywhere(OP)
+def test_an_expanded_weight_and_no_width(backend, device):
+    with running(OP, backend, device):
+        hidden, weight, bias = operands(3, 40, 24, torch.float32, device)
+        index, _ = check(hidden, weight[:1].expand(40, 24))
+        assert index.tolist() == [0, 0, 0]
+        index, value = cllm_kernels.linear_argmax(hidden[:, :0], weight[:, :0], bias=bias)
+        assert torch.equal(index, bias.argmax().expand(3))
+        assert torch.equal(value, bias.amax().expand(3))
+
+
+@pytest.mark.usefixtures("both_products")
+@everywhere(OP)
+def test_autocast_changes_nothing(backend, device):
+    with running(OP, backend, device):
+        given = operands(3, 40, 24, torch.float32, device)
+        wanted = check(*given)
+        with torch.autocast(device, torch.bfloat16):
+            found = cllm_kernels.linear_argmax(*given[:2], bias=given[2])
+        assert all(map(torch.equal, found, wanted))
+
+
+@everywhere(OP)
+def test_negated_views_are_read_as_their_values(backend, device):
+    tensors = operands(3, 40, 24, torch.float32, device)
+    with running(OP, backend, device):
+        for index in range(3):
+            hidden, weight, bias = (
+                torch._neg_view(tensor) if i == index else tensor
+                for i, tensor in enumerate(tensors)
+            )
+            check(hidden, weight, bias)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_as_a_model_holds_them(dtype):
     head = torch.nn.Linear(32, 77, bias=True, dtype=dtype)

@@ -10,6 +10,7 @@ from cllm_kernels.linear_consistency_loss import OP
 from cllm_kernels.linear_consistency_loss.chunked import automatic_chunk
 from cllm_kernels.linear_consistency_loss.options import DIVERGENCES
 from cllm_kernels.linear_consistency_loss.reference import divergence_rows
+from tests.kernels.backends import everywhere, running, slow_interpreter
 from tests.kernels.test_linear_consistency_loss import INF, NAN, Case, by_autograd, loss_options
 
 
@@ -83,6 +84,26 @@ def test_backward_twice_and_scaled(recompute):
     loss.backward(torch.tensor(-3.0))
     for leaf, gradient in zip(leaves, once, strict=True):
         torch.testing.assert_close(leaf.grad, -2 * gradient)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@everywhere(OP)
+def test_autocast_changes_nothing(backend, device, recompute):
+    case = Case.random(5, 60, 16, torch.float32, labels=True, bias=True)
+    case.options["recompute"] = recompute
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16}
+    for dtype in other:
+        if slow_interpreter(backend, device) and dtype is torch.bfloat16:
+            continue
+
+        def autocast(*tensors, dtype=dtype, **options):
+            with torch.autocast(device, other[dtype]):
+                return cllm_kernels.linear_consistency_loss(*tensors, **options)
+
+        with running(OP, backend, device):
+            found = case.run(autocast, dtype, device)
+            wanted = case.run(cllm_kernels.linear_consistency_loss, dtype, device)
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_there_is_no_second_derivative():
