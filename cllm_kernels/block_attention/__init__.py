@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import FLOAT_DTYPES, LIBRARY, dtype_text, eager, shape_text
+from cllm_kernels._common import (
+    FLOAT_DTYPES,
+    LIBRARY,
+    dtype_text,
+    eager,
+    shape_text,
+    without_autocast,
+)
 
 LARGEST_HEAD = 256
 
@@ -17,13 +24,13 @@ LARGEST_HEAD = 256
 def _reference() -> Any:
     from cllm_kernels.block_attention import reference
 
-    return _bounded(reference.block_attention)
+    return _bounded(without_autocast(reference.block_attention))
 
 
 def _cpp() -> Any:
     from cllm_kernels.block_attention import native
 
-    return native.block_attention_cpu
+    return without_autocast(native.block_attention_cpu)
 
 
 def _triton() -> Any:

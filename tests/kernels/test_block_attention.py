@@ -228,6 +228,18 @@ def test_where_a_cache_is_cut_does_not_hang_on_the_block(window, slots):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_autocast_changes_nothing(backend, device, softcap):
+    outs = []
+    with running(OP, backend, device):
+        for enabled in (False, True):
+            operands = make(lengths=(0, 9), capacity=64, device=device)
+            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+                outs.append(cllm_kernels.block_attention(*operands, softcap=softcap))
+    assert outs[0].dtype == outs[1].dtype and torch.equal(*outs)
+
+
+@everywhere(OP)
 def test_more_slots_than_the_hint(backend, device):
     with running(OP, backend, device):
         q, *rest = make(lengths=(0, 100, 300), capacity=700, device=device)
