@@ -24,7 +24,8 @@ _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.
 # What models multiply or divide their logits by; which of the two, their forward tells.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_scale")
 
-_known: weakref.WeakKeyDictionary[Any, dict[torch.dtype, LanguageHead]] = (
+# by dtype, with the module whose weight it was: another may have taken its place since
+_known: weakref.WeakKeyDictionary[Any, dict[torch.dtype, tuple[weakref.ref[Any], LanguageHead]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -64,10 +65,11 @@ class LanguageHead:
                 f"{type(model).__name__} is not a transformers model; load one with "
                 "AutoModelForCausalLM.from_pretrained"
             )
-        known = _known.setdefault(model, {})
-        if model.dtype not in known:
-            known[model.dtype] = _found(model)
-        return known[model.dtype]
+        known, module = _known.setdefault(model, {}), _linear(model)
+        found = known.get(model.dtype)
+        if found is None or found[0]() is not module:
+            found = known[model.dtype] = weakref.ref(module), _found(model)
+        return found[1]
 
     def of_copy(self, model: Any) -> LanguageHead:
         """The head of a copy of this head's model."""

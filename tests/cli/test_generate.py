@@ -144,6 +144,18 @@ def test_other_settings_or_prompts_are_refused(run, batch, whole, tmp_path, mode
     assert [row["prompt"] for row in read_rows(output)] == [PROMPTS[0], "another"]
 
 
+def test_the_prompts_are_not_written_over(run, tmp_path, model_folder):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", PROMPTS[:2])
+    before = prompts.read_bytes()
+    arguments = ("generate", "--model", model_folder, "--prompts", prompts, *SMALL)
+    again = tmp_path / "." / "prompts.jsonl"
+    for flag in ("--output", "--trajectories"):
+        other = () if flag == "--output" else ("--output", tmp_path / "out.jsonl")
+        result = run(*arguments, *other, flag, again, "--overwrite")
+        assert result.code == 2 and f"--prompts and {flag} name the same file" in result.error
+    assert prompts.read_bytes() == before
+
+
 @pytest.mark.parametrize("content", [b"notes to self", b"notes\n", b'{"index": 3}\n', b"[1]\n"])
 def test_foreign_files_are_left_alone(run, batch, tmp_path, content):
     output = tmp_path / "notes.txt"

@@ -90,6 +90,65 @@ def test_custom_processor_and_row_index():
     assert torch.equal(found, expected)
 
 
+def beginnings(text, prompt):
+    return [tuple(text[:length]) for length in range(prompt, len(text))]
+
+
+@pytest.mark.parametrize("sampled", [{"do_sample": False}, {"do_sample": True, "seed": 3}])
+@pytest.mark.parametrize("mode", ["sliding", "block"])
+def test_a_processor_sees_the_text_and_nothing_else(mode, sampled):
+    """So one that has state, or knows what texts there can be, works as in one-token decoding."""
+    model, inputs, seen = tiny_model("llama"), prompts([12]), []
+
+    class Watching(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(tuple(input_ids[0].tolist()))
+            return scores
+
+    settings = dict(max_new_tokens=40, block_size=6, mode=mode, **sampled)
+    text = cllm.generate(model, **inputs, logits_processor=[Watching()], **settings)[0].tolist()
+    assert set(seen) == set(beginnings(text, 12))
+    if mode == "sliding":  # a block's beginning is scored again by its next forward
+        assert len(seen) == len(text) - 12
+
+
+def test_texts_of_a_grammar():
+    tree = {(): [5, 6], (5,): [7], (6,): [8], (5, 7): [9, 10], (6, 8): [11]}
+    tree |= {(5, 7, 9): [12], (5, 7, 10): [13], (6, 8, 11): [14]}
+
+    def allowed(row, tokens):
+        return tree.get(tuple(tokens[12:].tolist()), [EOS] if len(tokens) == 16 else [])
+
+    model, inputs = tiny_model("llama"), prompts([12])
+    settings = dict(max_new_tokens=8, do_sample=False, prefix_allowed_tokens_fn=allowed)
+    expected = model.generate(**inputs, **settings)
+    for size in (1, 4, 8):
+        assert torch.equal(cllm.generate(model, **inputs, block_size=size, **settings), expected)
+    with pytest.raises(ValueError, match="allows no token behind the 12 tokens of row 0"):
+        cllm.generate(model, **inputs, prefix_allowed_tokens_fn=lambda row, tokens: [])
+
+
+def test_rows_of_a_batch_are_asked_for_by_their_own_text():
+    """One that ends early, and others at other lengths, do not stand in for each other."""
+    model, inputs = tiny_model("llama"), prompts([5, 5, 5])
+
+    def allowed(row, tokens):
+        mine = tokens[5:].tolist()
+        assert all(token % 3 == row or token == EOS for token in mine), "another row's text"
+        return [EOS] if len(mine) == 4 * (row + 1) else list(range(3 + row, VOCAB, 3))
+
+    settings = dict(max_new_tokens=30, do_sample=False, prefix_allowed_tokens_fn=allowed)
+    found = cllm.generate(model, **inputs, block_size=5, **settings)
+    alone = {name: tensor[2:] for name, tensor in inputs.items()}
+
+    def third(row, tokens):
+        return allowed(2, tokens)
+
+    last = model.generate(**alone, **settings | {"prefix_allowed_tokens_fn": third})
+    assert torch.equal(found[2:], last)
+    assert [int((row == EOS).nonzero()[0, 0]) for row in found[:, 5:]] == [4, 8, 12]
+
+
 class Recorder:
     """A streamer that keeps what it is given."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -245,6 +248,7 @@ def test_processors_that_take_all_positions_at_once(processor):
 
     one_by_one = Predictor([Same()])
     assert one_by_one.needs_prefixes
+    window[:, 1:] = at_once[:, :-1]  # it goes as far as guesses are right
     assert torch.equal(
         at_once,
         one_by_one.tokens(logits, window, sequences, torch.tensor([9, 12, 9]), [9, 12, 9]),
@@ -274,3 +278,30 @@ def test_bad_input(options, error, message):
     options = {"do_sample": True, **options}
     with pytest.raises(error, match=message):
         cllm.generate(tiny_model("llama"), **prompts([6]), max_new_tokens=4, **options)
+
+
+def test_whoever_hooks_the_head_later_is_heard():
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([12])
+    settings = dict(max_new_tokens=20, do_sample=True, seed=7, temperature=5.0, top_k=0)
+    free = cllm.generate(model, **inputs, **settings)
+
+    def ban(module, given, out):
+        logits = out if isinstance(out, torch.Tensor) else out.logits
+        logits[..., :90] = -1e9
+
+    for module in (model.lm_head, model):
+        handle = module.register_forward_hook(ban)
+        assert int(cllm.generate(model, **inputs, **settings)[0, 12:].min()) >= 90
+        handle.remove()
+        assert torch.equal(cllm.generate(model, **inputs, **settings), free)
+
+
+def test_another_head_takes_the_place_of_the_one_that_was_known():
+    model, inputs = copy.deepcopy(tiny_model("llama")), prompts([12])
+    settings = dict(max_new_tokens=20, do_sample=True, seed=7)
+    cllm.generate(model, **inputs, **settings)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), model
+    )
+    found = cllm.generate(model, **inputs, **settings)
+    assert torch.equal(found, cllm.generate(model, **inputs, block_size=1, **settings))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 import cllm
 
@@ -34,6 +36,31 @@ def test_several_stop_tokens_inside_a_run(mode):
     )
     assert torch.equal(found, expected)
     assert found.shape[1] < 46 or bool((found == PAD).any())
+
+
+def test_stop_strings_from_every_place():
+    tokenizer, inputs = letters_tokenizer(), prompts([6])
+    model = copy.deepcopy(tiny_model("llama"))
+    free = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
+    strings = [tokenizer.decode(free[0, 6 + 9 : 6 + 11])]
+    settings = dict(max_new_tokens=30, do_sample=False, tokenizer=tokenizer)
+    expected = model.generate(**inputs, stop_strings=strings, **settings)
+    assert expected.shape[1] < 30
+
+    given = GenerationConfig(stop_strings=strings, eos_token_id=2, pad_token_id=PAD)
+    assert torch.equal(
+        cllm.generate(model, **inputs, generation_config=given, **settings), expected
+    )
+    mask = {"attention_mask": inputs["attention_mask"]}
+    found = cllm.generate(model, inputs["input_ids"], given, **mask, **settings)
+    assert torch.equal(found, expected)
+    model.generation_config.stop_strings = strings
+    assert torch.equal(cllm.generate(model, **inputs, **settings), expected)
+    given = GenerationConfig(eos_token_id=2, pad_token_id=PAD)
+    assert torch.equal(
+        cllm.generate(model, **inputs, generation_config=given, **settings), expected
+    )
+    assert model.generation_config.stop_strings == strings
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,6 +157,7 @@ def generate(
         return run
 
     if output is not None:
+        _check_files(prompts, output, trajectories)
         rows = _open_rows(output, chosen, settings, overwrite, trajectories)
         return _to_file(start, rows, output, len(chosen), batch_size, errors)
     run = start()
@@ -183,6 +185,14 @@ def _one_prompt(text: str | None) -> Prompt:
     return Prompt("0", text)
 
 
+def _check_files(prompts: Path | None, output: Path, trajectories: Path | None) -> None:
+    paths = {"--prompts": prompts, "--output": output, "--trajectories": trajectories}
+    named = {name: path.resolve() for name, path in paths.items() if path is not None}
+    for one, other in combinations(named, 2):
+        if named[one] == named[other]:
+            raise CommandError(f"{one} and {other} name the same file")
+
+
 def _open_rows(
     output: Path,
     prompts: list[Prompt],
@@ -192,8 +202,6 @@ def _open_rows(
 ) -> RowFile:
     from .rows import RowFile
 
-    if trajectories is not None and trajectories.resolve() == output.resolve():
-        raise CommandError("--output and --trajectories name the same file")
     return RowFile(output, prompts, settings, overwrite=overwrite, records=trajectories)
 
 
@@ -330,6 +338,8 @@ class _Run:
         extra: dict[str, Any] = {"do_sample": bool(self._sampling)}
         if model.generation_config.pad_token_id is None:
             extra["pad_token_id"] = pad
+        if model.generation_config.stop_strings is not None:
+            extra["tokenizer"] = tokenizer
         if self._sampling:
             # top_k=0: all of them, where transformers would take 50
             extra |= {"top_k": 0, **self._sampling, "row_ids": members}

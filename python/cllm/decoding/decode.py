@@ -291,9 +291,8 @@ def _start(
     if longest > 1:
         with_room(model, lambda: forward.prefill(prompts[:, : longest - 1], lengths - 1))
     seconds = time.perf_counter() - started
-    sources: dict[str, Any] = dict(
-        lookup=lookup, pool=pool, predictor=Predictor(processors, noise, forward.head)
-    )
+    predictor = Predictor(processors, noise, forward.head, ends=rules.stop_ids)
+    sources: dict[str, Any] = dict(lookup=lookup, pool=pool, predictor=predictor)
     iteration = kind(forward, state, settings, **sources, **others)
     told: dict[str, Any] = dict(prompt_width=width, streamer=streamer)
     if isinstance(forward, GraphedForward):

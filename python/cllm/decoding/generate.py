@@ -70,7 +70,7 @@ def run_generate(
     for name in ("assistant_model", "inputs_embeds", "position_ids", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             raise UnsupportedOptionError(name, "it decodes one model from token ids")
-    _take_stop_strings(model, kwargs)
+    _take_stop_strings(model, args, kwargs)
     streamer = kwargs.pop("streamer", None)
     keys = {name: kwargs.pop(name, None) for name in ("generator", "row_ids")}
     # generate() would keep the streamer from a custom loop after showing it the prompt
@@ -78,10 +78,11 @@ def run_generate(
     return huggingface_generate(*args, custom_generate=decode, **kwargs)
 
 
-def _take_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
+def _take_stop_strings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Turn ``stop_strings`` into a criterion: generate() loses the tokenizer of a custom loop."""
     tokenizer = kwargs.pop("tokenizer", None)
-    given = kwargs.get("generation_config")
+    # the second argument of generate(), where it is given by its place
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
     sources = (kwargs.get("stop_strings"), getattr(given, "stop_strings", None))
     own = getattr(model.generation_config, "stop_strings", None)
     strings = next((strings for strings in (*sources, own) if strings is not None), None)
@@ -91,12 +92,7 @@ def _take_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"stop_strings={strings!r} needs the tokenizer; pass tokenizer=tokenizer as well"
         )
-    kwargs.pop("stop_strings", None)
-    if own is not None or getattr(given, "stop_strings", None) is not None:
-        from copy import deepcopy
-
-        kwargs["generation_config"] = deepcopy(given or model.generation_config)
-        kwargs["generation_config"].stop_strings = None
+    kwargs["stop_strings"] = None  # a keyword outdoes every generation config
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     kwargs["stopping_criteria"] = criteria

@@ -102,10 +102,11 @@ def _known(layer: Any, family: str) -> bool:
         return False
     if not (2 <= attention.head_dim <= 256 and attention.head_dim % 2 == 0):
         return False
-    return all(_untouched(module) for module in layer.modules())
+    return all(untouched(module) for module in layer.modules())
 
 
-def _untouched(module: Any) -> bool:
+def untouched(module: Any) -> bool:
+    """Whether nobody but us has hooked a module, or given it a forward of its own."""
     own = "forward" not in module.__dict__ or module in _users or fusable(module)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return own and not any(getattr(module, name) for name in hooks)
@@ -124,7 +125,7 @@ def _norms(model: Any) -> list[Any]:
     if model.device.type not in final_norm.norm_devices or not _is(norm, family, "RMSNorm"):
         return []
     plain = type(norm.weight) is torch.nn.Parameter
-    return [norm] if plain and _untouched(norm) else []
+    return [norm] if plain and untouched(norm) else []
 
 
 @contextmanager

@@ -118,7 +118,8 @@ class HostView(NamedTuple):
 
     Attributes:
         lengths: tokens of each row in the cache.
-        starts: column of the output that the token behind each window's first is for.
+        starts: column of the output that the token behind each window's first is for; -1: the row
+            has ended.
         end: no row's text goes beyond this column.
     """
 
@@ -255,7 +256,7 @@ class DecodingLoop:
         rows = self.rows
         view = HostView(
             lengths=[row.length for row in rows],
-            starts=[row.generated - row.progress for row in rows],
+            starts=[-1 if row.done else row.generated - row.progress for row in rows],
             end=max(row.generated for row in rows),
         )
         recorded = self.iteration.run(view)

@@ -3,7 +3,7 @@ behind logits processors or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import cllm_kernels
 
 from ..head import LanguageHead
 from ..traits import UnsupportedModelError
+from .layers import untouched
 from .sampling import SamplingNoise
 
 # Of transformers' processors those that look at a row of scores alone, so that all positions of a
@@ -44,6 +45,7 @@ class Predictor:
         noise: makes every choice a sample; None: the most likely token.
         head: given where the forward gives hidden states instead of logits; then `processors` hold
             a temperature at most (`only_temperature`).
+        ends: token ids behind which a row has no text.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class Predictor:
         processors: Sequence[Callable[..., torch.Tensor]] = (),
         noise: SamplingNoise | None = None,
         head: LanguageHead | None = None,
+        ends: Collection[int] = (),
     ):
         self.processors = list(processors)
         self.rowwise = [entry for entry in self.processors if type(entry) in _ROWWISE]
         self.noise = noise
         self.head = head
+        self.ends = frozenset(ends)
 
     def tokens(
         self,
@@ -73,7 +77,7 @@ class Predictor:
             sequences: [B, L] int64, padded prompts and committed tokens.
             columns: [B] column of `sequences` that the token behind ``window[b, 0]`` is for; None
                 where there is no noise.
-            starts: the same on the host.
+            starts: the same on the host; -1: the row has ended, and any token will do.
 
         Returns:
             [B, n] int64, contiguous.
@@ -81,10 +85,75 @@ class Predictor:
         run = None if columns is None else columns_from(columns, given.shape[1])
         if not self.needs_prefixes:
             return self.guesses(given, run)
-        noise = None
-        if self.noise is not None and run is not None:
-            noise = self.noise.at(run, given.shape[-1])
-        return processed_argmax(self.processors, given, window, sequences, starts, noise)
+        predictions, first = self._behind_right_guesses(given, window, sequences, run, starts)
+        missing = min(first, default=given.shape[1])
+        if missing < given.shape[1]:
+            rest = self.guesses(
+                given[:, missing:], None if run is None else run[:, missing:].contiguous()
+            )
+            places = torch.arange(missing, given.shape[1], device=window.device)
+            lacking = places >= torch.tensor(first, device=window.device)[:, None]
+            predictions[:, missing:] = torch.where(lacking, rest, predictions[:, missing:])
+        return predictions
+
+    def _behind_right_guesses(
+        self,
+        given: torch.Tensor,
+        window: torch.Tensor,
+        sequences: torch.Tensor,
+        run: torch.Tensor | None,
+        starts: list[int],
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Predictions behind logits processors, each position with the prefix it would see one
+        token at a time, as far as a row's guesses are right.
+
+        Position i of row b is scored behind the prefix
+        ``sequences[b, :starts[b]] + window[b, 1:i+1]``: a piece of the text, as what has state, or
+        knows which texts there can be, is to see nothing else.
+
+        Rows stand at different lengths while a processor takes one rectangle, so rows of equal
+        length go together, each in its own place in the batch (some processors index by row). The
+        other places hold their own text as far as it goes, else a copy.
+
+        Args:
+            run: [B, n] columns of the tokens, or None where there is no noise.
+            others: as in `tokens`.
+
+        Returns:
+            [B, n] int64, and of every row how many of its predictions are filled in.
+        """
+        predictions = torch.empty_like(window)
+        first = [0] * window.shape[0]
+        for start in sorted({start for start in starts if start >= 0}):
+            rows = [row for row, own in enumerate(starts) if own == start]
+            for offset in range(min(window.shape[1], sequences.shape[1] - start)):
+                if offset:
+                    guesses = window[rows, offset].tolist()
+                    right = predictions[rows, offset - 1].tolist()
+                    rows = [
+                        row
+                        for row, guess, token in zip(rows, guesses, right, strict=True)
+                        if guess == token and token not in self.ends
+                    ]
+                if not rows:
+                    break
+                prefix = sequences[:, : start + offset].clone()
+                prefix[rows, start:] = window[rows, 1 : offset + 1]
+                shorter = {row for row, own in enumerate(starts) if own < start + offset}
+                prefix[sorted(shorter - set(rows))] = prefix[rows[0]].clone()
+                scores = given[:, offset].to(torch.float32, copy=True)
+                for processor in self.processors:
+                    if type(processor) is logits_process.PrefixConstrainedLogitsProcessor:
+                        scores = _constrained(processor, prefix, scores, rows)
+                    else:
+                        scores = processor(prefix, scores)
+                if self.noise is not None and run is not None:
+                    column = run[:, offset : offset + 1].contiguous()
+                    scores = scores + self.noise.at(column, scores.shape[-1])[:, 0]
+                predictions[rows, offset] = scores[rows].argmax(dim=-1)
+                for row in rows:
+                    first[row] = offset + 1
+        return predictions, first
 
     @property
     def needs_prefixes(self) -> bool:
@@ -130,6 +199,8 @@ def fused_head(model: Any) -> LanguageHead | None:
     """
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
+    if not (untouched(model) and untouched(model.get_output_embeddings())):
+        return None  # whoever hooked them is to see the logits
     try:
         return LanguageHead.of(model)
     except UnsupportedModelError:  # a quantised head, say; its logits serve as well
@@ -142,51 +213,23 @@ def only_temperature(processors: Sequence[Any]) -> bool:
     return kinds in ([], [logits_process.TemperatureLogitsWarper])
 
 
-def processed_argmax(
-    processors: Sequence[Callable[..., torch.Tensor]],
-    logits: torch.Tensor,
-    window: torch.Tensor,
-    sequences: torch.Tensor,
-    starts: list[int],
-    noise: torch.Tensor | None = None,
+def _constrained(
+    processor: Any, prefix: torch.Tensor, scores: torch.Tensor, rows: Sequence[int]
 ) -> torch.Tensor:
-    """Predictions after logits processors, each position with the prefix it would see one token at
-    a time.
-
-    Position i of row b is scored behind the prefix ``sequences[b, :starts[b]] + window[b, 1:i+1]``.
-    Where the guesses in it are right, that is the very prefix of one-token decoding, so the
-    prediction is too; where they are wrong, the prediction is a guess in any case.
-
-    Rows stand at different lengths while a processor takes one rectangle, so rows of equal length
-    go together, each in its own place in the batch (some processors index by row), and the other
-    places hold a copy.
-
-    Args:
-        logits: [B, n, V].
-        window: [B, n] int64.
-        sequences: [B, L] int64, padded prompts and committed tokens.
-        starts: per row, the tokens of `sequences` up to and including ``window[b, 0]``.
-        noise: [B, n, V] that is added behind the processors, or None.
-
-    Returns:
-        [B, n] int64.
-    """
-    batch, width, _ = logits.shape
-    predictions = torch.empty_like(window)
-    chain: Any = logits_process.LogitsProcessorList(processors)
-    for start in sorted(set(starts)):
-        rows = [row for row in range(batch) if starts[row] == start]
-        members = torch.tensor(rows, device=window.device)
-        source = torch.full((batch,), rows[0], device=window.device)
-        source[members] = members
-        prefix = torch.cat([sequences[source, :start], window[source, 1:]], dim=1)
-        for offset in range(width):
-            scores = logits[source, offset].to(torch.float32, copy=True)
-            scores = chain(prefix[:, : start + offset], scores)
-            if noise is not None:
-                scores = scores + noise[source, offset]
-            predictions[members, offset] = scores.argmax(dim=-1)[members]
-    return predictions
+    """What transformers' `PrefixConstrainedLogitsProcessor` makes of the scores [B, V] of `rows`;
+    it would ask for all rows of the batch, and the user's function may know its rows by number."""
+    scores = scores.clone()
+    for row in rows:
+        allowed = processor._prefix_allowed_tokens_fn(row, prefix[row])
+        if len(allowed) == 0:
+            raise ValueError(
+                f"prefix_allowed_tokens_fn allows no token behind the {prefix.shape[1]} tokens of "
+                f"row {row}; let it return at least one, the end token, say"
+            )
+        mask = torch.full_like(scores[row], float("-inf"))
+        mask[allowed] = 0
+        scores[row] += mask
+    return scores
 
 
 def columns_from(columns: torch.Tensor, width: int) -> torch.Tensor:

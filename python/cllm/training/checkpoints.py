@@ -74,10 +74,57 @@ def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
     folder = Path(output)
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         step = path.name.removeprefix("checkpoint-")
-        # transformers writes this file last
-        if step.isdigit() and (path / _COMPLETE).is_file():
+        if step.isdigit() and _steps(path) is not None:
             found.append((int(step), path))
     return max(found)[1] if found else None
+
+
+def _steps(checkpoint: Path) -> int | None:
+    """Steps that were trained; None where the file that transformers writes last is not whole."""
+    try:
+        return int(json.loads((checkpoint / _COMPLETE).read_bytes())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_steps_left(checkpoint: Path, most: int) -> None:
+    """Raises CheckpointError where `most` steps are trained already; 0 or less: no such limit."""
+    done = _steps(checkpoint)
+    if done is not None and 0 < most <= done:
+        raise CheckpointError(
+            f"{checkpoint} has all {most} steps of the run; raise max_steps to train on"
+        )
+
+
+@contextmanager
+def naming(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Errors of reading a checkpoint's files, raised as a CheckpointError that names it."""
+    try:
+        yield
+    except (ImportError, CheckpointError):
+        raise
+    except Exception as error:  # torch, safetensors and pickle have a kind of their own each
+        reason = str(error).strip().splitlines() or ["no message"]
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {reason[0]}); "
+            "resume from an earlier one"
+        ) from error
+
+
+class NamedCheckpoints:
+    """Of a transformers Trainer: what fails in reading a checkpoint names it."""
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        with naming(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
 
 def checkpoint_to_resume(given: str | bool | None, output: str | os.PathLike[str]) -> Path | None:
@@ -99,9 +146,10 @@ def checkpoint_to_resume(given: str | bool | None, output: str | os.PathLike[str
     path = Path(given)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}")
-    if not (path / _COMPLETE).is_file():
+    if _steps(path) is None:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: it has no {_COMPLETE}; resume from an earlier one"
+            f"{path} is not a whole checkpoint: it has no {_COMPLETE}, or a damaged one; "
+            "resume from an earlier one"
         )
     return path
 
@@ -117,7 +165,8 @@ def read_tensors(checkpoint: Path, name: str, what: str) -> dict[str, Any]:
     path = checkpoint / name
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} has no {name}: it was trained with another {what}")
-    found: dict[str, Any] = torch.load(path, map_location="cpu")
+    with naming(checkpoint):
+        found: dict[str, Any] = torch.load(path, map_location="cpu")
     return found
 
 
@@ -136,6 +185,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no settings")
+    if not isinstance(state, dict) or not {"meter", "quality"} <= set(state):
+        raise CheckpointError(f"{path} is damaged: it does not hold the state of a training")
     return state

@@ -18,6 +18,8 @@ from ..training_patch import TrainingHandle, patch_training
 from .arguments import ConsistencyTrainingArguments
 from .checkpoints import (
     STATE_FILE,
+    NamedCheckpoints,
+    check_steps_left,
     checkpoint_to_resume,
     read_state,
     read_tensors,
@@ -45,7 +47,7 @@ _TEACHER_FILE = "teacher.pt"
 _WINDOWS_FILE = "windows.pt"
 
 
-class ConsistencyTrainer(Trainer):
+class ConsistencyTrainer(NamedCheckpoints, Trainer):
     """Trains a causal language model on Jacobi trajectories.
 
     The model is patched for the length of `train` and as it was after it. Losses and gradients are
@@ -243,10 +245,12 @@ class ConsistencyTrainer(Trainer):
         """Train; with True or a folder, go on from a checkpoint.
 
         Raises:
-            CheckpointError: if there is no whole checkpoint there.
+            CheckpointError: if there is no whole checkpoint there, or one of a finished run.
             NonFiniteLossError: the loss became infinite or NaN.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.output_folder)
+        if checkpoint is not None:
+            check_steps_left(checkpoint, self.args.max_steps)
         if self.args.should_save:
             recover_folder(self.best_folder)
         self._handle = patch_training(self.model, self.args.consistency_config())
