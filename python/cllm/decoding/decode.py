@@ -28,6 +28,7 @@ from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
+from .positions import position_limit
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .shelf import with_room
@@ -136,6 +137,8 @@ def jacobi_decode(
     pad = generation_config._pad_token_tensor
     pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
     prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
+    new_tokens = max(0, rules.max_length - input_ids.shape[1])
+    highest = position_limit(traits, lengths, new_tokens)
     noise = None
     if generation_config.do_sample:
         seed = drawn_seed(generator) if settings.seed is None else settings.seed
@@ -159,7 +162,7 @@ def jacobi_decode(
                 adapter,
                 prompt=probed.tolist(),
                 batch=input_ids.shape[0],
-                new_tokens=max(1, rules.max_length - input_ids.shape[1]),
+                new_tokens=max(1, new_tokens),
                 sampled=noise is not None,
                 context=traits.context,
             )
@@ -179,6 +182,7 @@ def jacobi_decode(
             input_ids=input_ids,
             prompts=prompts,
             lengths=lengths,
+            highest=highest,
             pad_token_id=pad_token_id,
             layout=layout,
             processors=logits_processor or [],
@@ -203,6 +207,7 @@ def _start(
     input_ids: torch.Tensor,
     prompts: torch.Tensor,
     lengths: torch.Tensor,
+    highest: int | None,
     pad_token_id: int,
     layout: Layout,
     processors: Any,
@@ -234,7 +239,7 @@ def _start(
         batch=batch,
         slots=longest + limit - width + _window_rows(settings, gate),
         device=input_ids.device,
-        position_limit=_position_limit(traits, longest + limit - width),
+        position_limit=highest,
         layout=layout,
         head=head,
     )
@@ -338,13 +343,6 @@ def _fed(settings: JacobiConfig, gate: Gate | None) -> tuple[int | None, ...]:
 def _several(settings: JacobiConfig) -> bool:
     """Whether a forward checks several candidates; where nothing is guessed there is one."""
     return settings.candidates > 1 and settings.width > 1
-
-
-def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:
-    """Guesses past the end of the text must not ask for positions that the model does not have."""
-    if traits.context is None:
-        return None
-    return traits.context if traits.bounded_positions else max(traits.context, longest_text)
 
 
 def _result(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..traits import UnsupportedModelError, cache_argument, mask_kinds
+from ..traits import RopeChange, UnsupportedModelError, cache_argument, mask_kinds, rope_changes
 from .attention import chosen_implementation
 
 
@@ -41,6 +41,7 @@ class ModelTraits:
         vocab_size: rows of the input embedding.
         prefer_right_aligned: keys carry their position by their place (ALiBi), so rows must end
             in the same slot.
+        rope_changes: lengths at which the model's frequencies change.
     """
 
     mask_kinds: dict[str, int | None]
@@ -53,6 +54,7 @@ class ModelTraits:
     bounded_positions: bool
     vocab_size: int
     prefer_right_aligned: bool
+    rope_changes: tuple[RopeChange, ...]
 
 
 _ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "cllm")
@@ -108,6 +110,7 @@ def check_model(model: Any) -> ModelTraits:
         bounded_positions=context is not None and not has_rope,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         prefer_right_aligned=not takes_positions or bool(getattr(text, "alibi", False)),
+        rope_changes=rope_changes(text),
     )
 
 
