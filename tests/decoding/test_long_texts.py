@@ -138,3 +138,70 @@ def test_a_change_is_found_for_each_kind_of_layer():
     )
     assert rope_changes(older) == (RopeChange("su", THRESHOLD, True),)
     assert rope_changes(CONFIGS["gpt2"]()) == ()
+
+
+_TABLE = dict(
+    vocab_size=VOCAB,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=THRESHOLD,
+    eos_token_id=None,
+    pad_token_id=0,
+    bos_token_id=1,
+)
+
+
+@cache
+def bounded(family: str) -> Any:
+    if family == "gptj":
+        return made(hf.GPTJConfig(**_TABLE, rotary_dim=4))
+    return made(hf.GPT2Config(**_TABLE))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_a_text_that_must_outgrow_the_positions_is_refused(family):
+    model, inputs = bounded(family), prompts([20, 7])
+    # the last token needs no position
+    assert_greedy(model, inputs, 13)
+    message = "prompt has 20 tokens and the model 32 positions, too few for 14 new .* at most 13"
+    with pytest.raises(ValueError, match=message):
+        cllm.generate(model, **inputs, max_new_tokens=14)
+    # transformers' own generate would end in an IndexError, on a GPU in a dead device
+    with cllm.patched(model), pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=14, do_sample=False)
+
+
+def test_a_text_that_ends_before_the_positions_do_may_have_any_limit():
+    model, inputs = bounded("gpt2"), prompts([20, 7])
+    text = model.generate(**inputs, max_new_tokens=13, do_sample=False)
+    stops = text[:, 32].tolist()  # the very last token that there can be, of the first row
+    expected = model.generate(**inputs, max_new_tokens=13, do_sample=False, eos_token_id=stops)
+    for changes in ({"block_size": 4}, {"block_size": 16, "mode": "block"}, {"candidates": 2}):
+        found = cllm.generate(model, **inputs, max_new_tokens=400, eos_token_id=stops, **changes)
+        assert torch.equal(found, expected), changes
+
+    def ends(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= 33)
+
+    found = cllm.generate(model, **inputs, max_new_tokens=400, stopping_criteria=[ends])
+    assert torch.equal(found, text)
+
+
+def test_a_text_that_comes_to_the_last_position_is_refused_there():
+    model = bounded("gpt2")
+    limits: dict[str, Any] = dict(max_new_tokens=400, eos_token_id=VOCAB)  # which there never is
+    with pytest.raises(ValueError, match="row 0 has come to the last of .* 32 .* 13 new tokens"):
+        cllm.generate(model, **prompts([20, 7]), **limits)
+    # a row has as much room as alone
+    with pytest.raises(ValueError, match="row 0 has come to the last of .* 32 .* 26 new tokens"):
+        cllm.generate(model, **prompts([7, 20]), **limits)
+    found = cllm.generate(model, **prompts([20]), **limits, block_size=4, max_iterations=2)
+    assert found.shape[1] < 33
+
+
+def test_a_table_of_positions_that_grows_is_no_bound():
+    sizes = dict(vocab_size=VOCAB, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    model = made(hf.XGLMConfig(**sizes, max_position_embeddings=THRESHOLD, eos_token_id=None))
+    assert not check_model(model).bounded_positions
+    assert_greedy(model, prompts([20]), 30)

@@ -28,7 +28,7 @@ from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
-from .positions import position_limit
+from .positions import check_ended, check_room, limit_rows, position_limit
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .shelf import with_room
@@ -138,6 +138,7 @@ def jacobi_decode(
     pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
     prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
     new_tokens = max(0, rules.max_length - input_ids.shape[1])
+    check_room(traits, lengths, new_tokens, rules, settings)
     highest = position_limit(traits, lengths, new_tokens)
     noise = None
     if generation_config.do_sample:
@@ -193,6 +194,7 @@ def jacobi_decode(
             stack=stack,
         )
         loop.run()
+        check_ended(traits, loop)
         if choice is not None:
             choice.observe(loop.runs)
     return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
@@ -246,6 +248,7 @@ def _start(
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.width
     )
+    limit_rows(traits, state)
     gated = gate is not None
     lookup = pool = None
     if settings.longest_lookup and settings.width > 1:

@@ -1,9 +1,12 @@
-"""How far a text may go: RoPE whose frequencies change with the length."""
+"""How far a text may go: positions that end, and RoPE whose frequencies change with the length."""
 
 from __future__ import annotations
 
 import torch
 
+from .config import JacobiConfig
+from .loop import DecodingLoop, WindowState
+from .stopping import StopRules
 from .support import ModelTraits, UnsupportedOptionError
 
 
@@ -44,3 +47,69 @@ def position_limit(traits: ModelTraits, lengths: torch.Tensor, new_tokens: int) 
             f"tokens in all{beyond}",
         )
     return limit
+
+
+def check_room(
+    traits: ModelTraits,
+    lengths: torch.Tensor,
+    new_tokens: int,
+    rules: StopRules,
+    config: JacobiConfig,
+) -> None:
+    """Refuse texts that are sure to come to the end of the model's positions.
+
+    Where something may end them before that, as a stop token does under a generous length limit,
+    only those that get there are refused, by `check_ended`.
+
+    Raises:
+        ValueError: naming the sizes.
+    """
+    room = _room(traits, lengths)
+    if room is None or config.max_iterations is not None:
+        return
+    if rules.stop_ids or rules.per_token or rules.per_iteration:
+        return
+    longest = int(lengths.max())
+    if new_tokens > int(room.min()):
+        raise ValueError(
+            f"the prompt has {longest} tokens and the model {traits.context} positions, too few "
+            f"for {new_tokens} new tokens; ask for at most {int(room.min())}"
+        )
+
+
+def limit_rows(traits: ModelTraits, state: WindowState) -> None:
+    """Let every row of a state before its first forward end with the model's positions."""
+    room = _room(traits, state.lengths + 1)
+    if room is not None:
+        state.limits = torch.minimum(state.limits, state.generated + room)
+
+
+def check_ended(traits: ModelTraits, loop: DecodingLoop) -> None:
+    """Refuse what has come to the end of the model's positions before its own end.
+
+    Raises:
+        ValueError: naming the sizes; transformers' own loop would ask for a position that is not
+            there.
+    """
+    if not traits.bounded_positions:
+        return
+    whole = loop.state.sequences.shape[1]
+    stop_ids = set(loop.rules.stop_ids)
+    for index, (row, limit) in enumerate(zip(loop.rows, loop.state.limits.tolist(), strict=True)):
+        if row.generated < limit or limit == whole or row.stopped:
+            continue
+        if int(loop.state.sequences[index, limit - 1]) in stop_ids:
+            continue
+        new_tokens = limit - loop.prompt_width
+        raise ValueError(
+            f"the text of row {index} has come to the last of the model's {traits.context} "
+            f"positions with {new_tokens} new tokens and has not ended; ask for no more than those"
+        )
+
+
+def _room(traits: ModelTraits, lengths: torch.Tensor) -> torch.Tensor | None:
+    """[B] most new tokens behind prompts of these lengths, or None: any number."""
+    if traits.context is None or not traits.bounded_positions:
+        return None
+    # the last token is never fed
+    return traits.context + 1 - lengths

@@ -37,7 +37,7 @@ class ModelTraits:
         takes_positions: the forward has `position_ids`.
         takes_logits_to_keep: the forward can skip the logits of the prefill.
         context: positions the model was made for, or None where its config names none.
-        bounded_positions: positions beyond `context` do not exist (learned embeddings).
+        bounded_positions: positions beyond `context` do not exist (learned embeddings, or a table).
         vocab_size: rows of the input embedding.
         prefer_right_aligned: keys carry their position by their place (ALiBi), so rows must end
             in the same slot.
@@ -94,10 +94,6 @@ def check_model(model: Any) -> ModelTraits:
         )
     kinds = mask_kinds(name, text)
     context = getattr(text, "max_position_embeddings", None)
-    has_rope = any(
-        getattr(text, key, None) is not None
-        for key in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
-    )
     takes_positions = "position_ids" in parameters
     return ModelTraits(
         mask_kinds=kinds,
@@ -107,11 +103,25 @@ def check_model(model: Any) -> ModelTraits:
         takes_positions=takes_positions,
         takes_logits_to_keep="logits_to_keep" in parameters,
         context=context,
-        bounded_positions=context is not None and not has_rope,
+        bounded_positions=context is not None and _bounded_positions(model, text),
         vocab_size=model.get_input_embeddings().weight.shape[0],
         prefer_right_aligned=not takes_positions or bool(getattr(text, "alibi", False)),
         rope_changes=rope_changes(text),
     )
+
+
+def _bounded_positions(model: Any, text: Any) -> bool:
+    """Whether positions come from a table that ends with the model's context."""
+    # a table of RoPE's angles, as GPT-J has it
+    if any(torch.is_tensor(getattr(module, "embed_positions", None)) for module in model.modules()):
+        return True
+    unbounded = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
+    if any(getattr(text, key, None) is not None for key in unbounded):
+        return False
+    if getattr(text, "alibi", False):
+        return False
+    # a table of sines, as XGLM has it, is made anew where a text outgrows it
+    return not any(hasattr(module, "make_weights") for module in model.modules())
 
 
 def _forward_parameters(model: Any) -> set[str]:
