@@ -105,7 +105,8 @@ def rope_changes(text: Any) -> tuple[RopeChange, ...]:
     found: dict[RopeChange, None] = {}
     # models from outside of transformers still say rope_scaling
     names = ("rope_parameters", "rope_scaling")
-    parameters = next((value for name in names if (value := getattr(text, name, None))), {})
+    given = (getattr(text, name, None) for name in names)
+    parameters: dict[str, Any] = next((value for value in given if value), {})
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     context = getattr(text, "max_position_embeddings", None)
     for one in nested or [parameters]:

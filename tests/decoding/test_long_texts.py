@@ -191,10 +191,10 @@ def test_a_text_that_ends_before_the_positions_do_may_have_any_limit():
 def test_a_text_that_comes_to_the_last_position_is_refused_there():
     model = bounded("gpt2")
     limits: dict[str, Any] = dict(max_new_tokens=400, eos_token_id=VOCAB)  # which there never is
-    with pytest.raises(ValueError, match="row 0 has come to the last of .* 32 .* 13 new tokens"):
+    with pytest.raises(ValueError, match=r"row 0 has come to the last of .* 32 .* 13 new tokens"):
         cllm.generate(model, **prompts([20, 7]), **limits)
     # a row has as much room as alone
-    with pytest.raises(ValueError, match="row 0 has come to the last of .* 32 .* 26 new tokens"):
+    with pytest.raises(ValueError, match=r"row 0 has come to the last of .* 32 .* 26 new tokens"):
         cllm.generate(model, **prompts([7, 20]), **limits)
     found = cllm.generate(model, **prompts([20]), **limits, block_size=4, max_iterations=2)
     assert found.shape[1] < 33

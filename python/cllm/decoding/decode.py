@@ -35,6 +35,7 @@ from .shelf import with_room
 from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
 from .support import ModelTraits, check_model
+from .uncompiled import uncompiled
 
 
 @torch.no_grad()
@@ -151,6 +152,7 @@ def jacobi_decode(
 
     choice = None
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
         probed = prompts[0, : int(lengths[0])]
         if adapter is not None:
             adapter = resolve_adapter(adapter)

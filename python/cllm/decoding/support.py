@@ -66,6 +66,12 @@ def check_model(model: Any) -> ModelTraits:
     Raises:
         UnsupportedModelError: if it is no causal language model with a plain attention cache.
     """
+    if "_orig_mod" in getattr(model, "_modules", {}):
+        # its generate is that of the model inside, which knows nothing of the wrapper
+        inner = type(model._orig_mod).__name__
+        raise UnsupportedModelError(
+            f"torch.compile has wrapped this {inner}; pass the model itself, which is its _orig_mod"
+        )
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "generate", None)):
@@ -112,13 +118,13 @@ def check_model(model: Any) -> ModelTraits:
 
 def _bounded_positions(model: Any, text: Any) -> bool:
     """Whether positions come from a table that ends with the model's context."""
+    unbounded = ("rope_parameters", "rope_theta", "rotary_pct", "rotary_emb_base")
+    if any(getattr(text, key, None) is not None for key in unbounded):
+        return False
     # a table of RoPE's angles, as GPT-J has it
     if any(torch.is_tensor(getattr(module, "embed_positions", None)) for module in model.modules()):
         return True
-    unbounded = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
-    if any(getattr(text, key, None) is not None for key in unbounded):
-        return False
-    if getattr(text, "alibi", False):
+    if getattr(text, "rotary_dim", None) is not None or getattr(text, "alibi", False):
         return False
     # a table of sines, as XGLM has it, is made anew where a text outgrows it
     return not any(hasattr(module, "make_weights") for module in model.modules())
