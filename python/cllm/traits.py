@@ -4,6 +4,7 @@ layers may attend to. Found out from the model, not from a list of class names."
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -81,3 +82,40 @@ def mask_kinds(name: str, text: Any) -> dict[str, int | None]:
                 f"{name} has layers of type {kind}, but its config gives no size for them"
             )
     return {kind: sizes[kind] for kind in _ATTENTION_TYPES if kind in used}
+
+
+@dataclass(frozen=True)
+class RopeChange:
+    """A length at which the frequencies of RoPE change, and with them all keys and queries.
+
+    Attributes:
+        rope_type: as the config names it.
+        threshold: most tokens of a forward's texts with the frequencies of short ones.
+        once: frequencies stay the same beyond it, instead of changing with every token.
+    """
+
+    rope_type: str
+    threshold: int
+    once: bool
+
+
+def rope_changes(text: Any) -> tuple[RopeChange, ...]:
+    """Where the frequencies of a model with this text config depend on the length; no two are
+    alike. Models differ in it by kind of layer, too."""
+    found: dict[RopeChange, None] = {}
+    # models from outside of transformers still say rope_scaling
+    names = ("rope_parameters", "rope_scaling")
+    given = (getattr(text, name, None) for name in names)
+    parameters: dict[str, Any] = next((value for value in given if value), {})
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    context = getattr(text, "max_position_embeddings", None)
+    for one in nested or [parameters]:
+        kind = one.get("rope_type") or one.get("type") or ""
+        once = kind in ("longrope", "su")
+        threshold = context
+        if once:
+            name = "original_max_position_embeddings"
+            threshold = one.get(name) or getattr(text, name, None) or context
+        if threshold is not None and (once or "dynamic" in kind):
+            found[RopeChange(kind, int(threshold), once)] = None
+    return tuple(found)

@@ -28,12 +28,14 @@ from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
 from .pool import GuessPool
+from .positions import check_ended, check_room, limit_rows, position_limit
 from .predict import Predictor, fused_head, only_temperature
 from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .shelf import with_room
 from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
 from .support import ModelTraits, check_model
+from .uncompiled import uncompiled
 
 
 @torch.no_grad()
@@ -136,6 +138,9 @@ def jacobi_decode(
     pad = generation_config._pad_token_tensor
     pad_token_id = int(pad) if pad is not None else (rules.stop_ids or [0])[0]
     prompts, lengths = right_pad(input_ids, model_kwargs.get("attention_mask"))
+    new_tokens = max(0, rules.max_length - input_ids.shape[1])
+    check_room(traits, lengths, new_tokens, rules, settings)
+    highest = position_limit(traits, lengths, new_tokens)
     noise = None
     if generation_config.do_sample:
         seed = drawn_seed(generator) if settings.seed is None else settings.seed
@@ -147,6 +152,7 @@ def jacobi_decode(
 
     choice = None
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
         probed = prompts[0, : int(lengths[0])]
         if adapter is not None:
             adapter = resolve_adapter(adapter)
@@ -159,7 +165,7 @@ def jacobi_decode(
                 adapter,
                 prompt=probed.tolist(),
                 batch=input_ids.shape[0],
-                new_tokens=max(1, rules.max_length - input_ids.shape[1]),
+                new_tokens=max(1, new_tokens),
                 sampled=noise is not None,
                 context=traits.context,
             )
@@ -179,6 +185,7 @@ def jacobi_decode(
             input_ids=input_ids,
             prompts=prompts,
             lengths=lengths,
+            highest=highest,
             pad_token_id=pad_token_id,
             layout=layout,
             processors=logits_processor or [],
@@ -189,6 +196,7 @@ def jacobi_decode(
             stack=stack,
         )
         loop.run()
+        check_ended(traits, loop)
         if choice is not None:
             choice.observe(loop.runs)
     return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
@@ -203,6 +211,7 @@ def _start(
     input_ids: torch.Tensor,
     prompts: torch.Tensor,
     lengths: torch.Tensor,
+    highest: int | None,
     pad_token_id: int,
     layout: Layout,
     processors: Any,
@@ -234,13 +243,14 @@ def _start(
         batch=batch,
         slots=longest + limit - width + _window_rows(settings, gate),
         device=input_ids.device,
-        position_limit=_position_limit(traits, longest + limit - width),
+        position_limit=highest,
         layout=layout,
         head=head,
     )
     state = WindowState.start(
         prompts, lengths, sequences, width, fill, rules.stop_ids, settings.width
     )
+    limit_rows(traits, state)
     gated = gate is not None
     lookup = pool = None
     if settings.longest_lookup and settings.width > 1:
@@ -337,13 +347,6 @@ def _fed(settings: JacobiConfig, gate: Gate | None) -> tuple[int | None, ...]:
 def _several(settings: JacobiConfig) -> bool:
     """Whether a forward checks several candidates; where nothing is guessed there is one."""
     return settings.candidates > 1 and settings.width > 1
-
-
-def _position_limit(traits: ModelTraits, longest_text: int) -> int | None:
-    """Guesses past the end of the text must not ask for positions that the model does not have."""
-    if traits.context is None:
-        return None
-    return traits.context if traits.bounded_positions else max(traits.context, longest_text)
 
 
 def _result(

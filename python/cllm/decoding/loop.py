@@ -206,6 +206,7 @@ class HostRow:
         self.length = length
         self.progress = 0
         self.done = False
+        self.stopped = False  # by a criterion that the host decides
         self.iterations = 0
         self.records: list[Iteration] = []
 
@@ -293,7 +294,8 @@ class DecodingLoop:
                 self.streamer.put(self.state.sequences[index, start : start + accepted].cpu())
             row.generated += accepted
             row.length, row.progress = length, progress
-            row.done = bool(done) or kept is not None
+            row.stopped = kept is not None
+            row.done = bool(done) or row.stopped
             self.runs[accepted, row.done] += 1
 
     def _host_stop(self, index: int, start: int, end: int) -> int | None:

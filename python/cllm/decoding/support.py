@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..traits import UnsupportedModelError, cache_argument, mask_kinds
+from ..traits import RopeChange, UnsupportedModelError, cache_argument, mask_kinds, rope_changes
 from .attention import chosen_implementation
 
 
@@ -37,10 +37,11 @@ class ModelTraits:
         takes_positions: the forward has `position_ids`.
         takes_logits_to_keep: the forward can skip the logits of the prefill.
         context: positions the model was made for, or None where its config names none.
-        bounded_positions: positions beyond `context` do not exist (learned embeddings).
+        bounded_positions: positions beyond `context` do not exist (learned embeddings, or a table).
         vocab_size: rows of the input embedding.
         prefer_right_aligned: keys carry their position by their place (ALiBi), so rows must end
             in the same slot.
+        rope_changes: lengths at which the model's frequencies change.
     """
 
     mask_kinds: dict[str, int | None]
@@ -53,6 +54,7 @@ class ModelTraits:
     bounded_positions: bool
     vocab_size: int
     prefer_right_aligned: bool
+    rope_changes: tuple[RopeChange, ...]
 
 
 _ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "cllm")
@@ -64,6 +66,12 @@ def check_model(model: Any) -> ModelTraits:
     Raises:
         UnsupportedModelError: if it is no causal language model with a plain attention cache.
     """
+    if "_orig_mod" in getattr(model, "_modules", {}):
+        # its generate is that of the model inside, which knows nothing of the wrapper
+        inner = type(model._orig_mod).__name__
+        raise UnsupportedModelError(
+            f"torch.compile has wrapped this {inner}; pass the model itself, which is its _orig_mod"
+        )
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "generate", None)):
@@ -92,10 +100,6 @@ def check_model(model: Any) -> ModelTraits:
         )
     kinds = mask_kinds(name, text)
     context = getattr(text, "max_position_embeddings", None)
-    has_rope = any(
-        getattr(text, key, None) is not None
-        for key in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base")
-    )
     takes_positions = "position_ids" in parameters
     return ModelTraits(
         mask_kinds=kinds,
@@ -105,10 +109,25 @@ def check_model(model: Any) -> ModelTraits:
         takes_positions=takes_positions,
         takes_logits_to_keep="logits_to_keep" in parameters,
         context=context,
-        bounded_positions=context is not None and not has_rope,
+        bounded_positions=context is not None and _bounded_positions(model, text),
         vocab_size=model.get_input_embeddings().weight.shape[0],
         prefer_right_aligned=not takes_positions or bool(getattr(text, "alibi", False)),
+        rope_changes=rope_changes(text),
     )
+
+
+def _bounded_positions(model: Any, text: Any) -> bool:
+    """Whether positions come from a table that ends with the model's context."""
+    unbounded = ("rope_parameters", "rope_theta", "rotary_pct", "rotary_emb_base")
+    if any(getattr(text, key, None) is not None for key in unbounded):
+        return False
+    # a table of RoPE's angles, as GPT-J has it
+    if any(torch.is_tensor(getattr(module, "embed_positions", None)) for module in model.modules()):
+        return True
+    if getattr(text, "rotary_dim", None) is not None or getattr(text, "alibi", False):
+        return False
+    # a table of sines, as XGLM has it, is made anew where a text outgrows it
+    return not any(hasattr(module, "make_weights") for module in model.modules())
 
 
 def _forward_parameters(model: Any) -> set[str]:
