@@ -6,6 +6,7 @@ which hides the method of the class and is taken away again. Training's is `trai
 
 from __future__ import annotations
 
+import threading
 import types
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 from .adapter import GatedAdapter, resolve_adapter
 from .adapter.peft_model import adapters_off
 from .decoding.checks import check_adapter_settings
-from .decoding.config import JacobiConfig
+from .decoding.config import FIELDS, JacobiConfig
 from .decoding.generate import run_generate
 from .decoding.support import UnsupportedOptionError, check_model
 
@@ -35,24 +36,20 @@ class Handle:
         self.model = model
         self.config = config
         self.adapter = adapter
-        self._hidden = model.__dict__.get("generate")
         self._warned: set[str] = set()
 
     @property
     def active(self) -> bool:
-        """Whether the model still carries this patch."""
-        return self.model.__dict__.get(_HANDLE) is self
+        """Whether this patch is the one in force."""
+        return _current(self.model) is self
 
     def remove(self) -> None:
-        """Restore the model's own ``generate``. Removing twice, or a replaced patch, does
-        nothing."""
-        if not self.active:
-            return
-        # past torch.nn.Module.__delattr__, which looks among parameters first
-        del self.model.__dict__[_HANDLE]
-        del self.model.__dict__["generate"]
-        if self._hidden is not None:
-            self.model.__dict__["generate"] = self._hidden
+        """Take the patch off; one that it hid, of a ``with`` block around it, is in force again,
+        else the model's own ``generate``. Removing twice, or a replaced patch, does nothing."""
+        with _lock:
+            patches = _patches(self.model)
+            if patches is not None:
+                patches.drop([place for place in patches.places if place.handle is self])
 
     def warn_once(self, error: UnsupportedOptionError) -> None:
         if error.option not in self._warned:
@@ -83,6 +80,17 @@ def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
         AdapterError: if the adapter cannot be used, or not with this model.
         ValueError: if `config` sets ``verify_size`` and there is no adapter.
     """
+    handle = _handle(model, config, adapter)
+    with _lock:
+        patches = _patches(model) or _Patches(model)
+        if patches.places:
+            patches.places[-1].handle = handle
+        else:
+            patches.add(_Place(handle))
+    return handle
+
+
+def _handle(model: Any, config: JacobiConfig | None, adapter: Any) -> Handle:
     check_model(model)
     config = config or JacobiConfig()
     check_adapter_settings(config, adapter)
@@ -90,58 +98,119 @@ def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
     if adapter is not None:
         resolved = resolve_adapter(adapter)
         resolved.check(model)
-    _current_removed(model)
-    return _install(Handle(model, config, resolved))
+    return Handle(model, config, resolved)
 
 
-def _current_removed(model: Any) -> Handle | None:
-    handle = model.__dict__.get(_HANDLE)
-    if handle is not None:
-        handle.remove()
-    return handle
+_lock = threading.RLock()
 
 
-def _install(handle: Handle) -> Handle:
-    # a bound method, so that a deep copy of the model is bound to the copy
-    handle.model.__dict__["generate"] = types.MethodType(_patched_generate, handle.model)
-    handle.model.__dict__[_HANDLE] = handle
-    return handle
+class _Place:
+    """Of a ``with`` block, or of `patch` outside of any: the patch that is in force there."""
+
+    def __init__(self, handle: Handle):
+        self.handle = handle
+
+
+class _Generate:
+    """What hides a model's ``generate``: a bound method that deep copies and pickles of the model
+    have one of for themselves."""
+
+    def __init__(self, model: Any):
+        self.__self__ = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _patched_generate(self.__self__, *args, **kwargs)
+
+
+class _Patches:
+    """All patches of a model; the latest is in force.
+
+    Attributes:
+        places: in the order in which they came.
+        hidden: a ``generate`` that the model had of its own, or None.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.places: list[_Place] = []
+        self.hidden = model.__dict__.get("generate")
+        self._generate = _Generate(model)
+
+    def add(self, place: _Place) -> None:
+        if not self.places:
+            self.model.__dict__["generate"] = self._generate
+            self.model.__dict__[_HANDLE] = self
+        self.places.append(place)
+
+    def drop(self, places: list[_Place]) -> None:
+        """Take places off, wherever they stand; the model is as it was once there is none."""
+        if not self.places:
+            return
+        self.places = [place for place in self.places if place not in places]
+        if self.places:
+            return
+        # past torch.nn.Module.__delattr__, which looks among parameters first
+        del self.model.__dict__[_HANDLE]
+        if self.model.__dict__.get("generate") is not self._generate:
+            return  # somebody has put another in its place since
+        del self.model.__dict__["generate"]
+        if self.hidden is not None:
+            self.model.__dict__["generate"] = self.hidden
+
+
+def _patches(model: Any) -> _Patches | None:
+    return model.__dict__.get(_HANDLE) if hasattr(model, "__dict__") else None
+
+
+def _current(model: Any) -> Handle | None:
+    patches = _patches(model)
+    places = [] if patches is None else patches.places
+    return places[-1].handle if places else None
 
 
 @contextmanager
 def patched(
     model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
 ) -> Iterator[Any]:
-    """`patch` for the length of a ``with`` block; an earlier patch is back in force after it."""
-    previous = model.__dict__.get(_HANDLE)
-    patch(model, config, adapter=adapter)
+    """`patch` for the length of a ``with`` block; an earlier patch is back in force after it.
+
+    Blocks may overlap, as those of several threads do: the latest that has not been left is in
+    force, for all of them.
+    """
+    place = _Place(_handle(model, config, adapter))
+    with _lock:
+        patches = _patches(model) or _Patches(model)
+        patches.add(place)
     try:
         yield model
     finally:
-        _current_removed(model)
-        if previous is not None:
-            _install(previous)
+        with _lock:
+            patches.drop([place])
 
 
 def original_generate(model: Any) -> Any:
     """The ``generate`` that `model` has without our patch."""
-    handle = model.__dict__.get(_HANDLE) if hasattr(model, "__dict__") else None
-    if handle is None:
+    patches = _patches(model)
+    if patches is None:
         check_model(model)
         return model.generate
-    if handle._hidden is not None:
-        return handle._hidden
+    if patches.hidden is not None:
+        return patches.hidden
     return types.MethodType(type(model).generate, model)
 
 
 def _patched_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    handle = model.__dict__[_HANDLE]
+    handle = _current(model)
+    if handle is None:  # the patch is gone, and somebody has kept its `generate`
+        return types.MethodType(type(model).generate, model)(*args, **kwargs)
     huggingface_generate = original_generate(model)
     adapter = kwargs.pop("adapter", None) or handle.adapter
     try:
         return run_generate(model, huggingface_generate, handle.config, adapter, args, kwargs)
     except UnsupportedOptionError as error:
         handle.warn_once(error)
+        own = {*FIELDS, "generator", "row_ids"}  # which transformers does not know
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
         # with an adapter the text is the base model's, whoever decodes it
         with nullcontext() if adapter is None else adapters_off(model):
             return huggingface_generate(*args, **kwargs)

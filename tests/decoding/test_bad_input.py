@@ -56,7 +56,7 @@ IDS = torch.tensor([[5, 6, 7]])
         bad("zeros followed by ones", input_ids=IDS, attention_mask=torch.tensor([[1, 0, 1]])),
         bad("zeros followed by ones", input_ids=IDS, attention_mask=torch.tensor([[1, 1, 0]])),
         bad("zeros followed by ones", input_ids=IDS, attention_mask=torch.tensor([[0, 2, 2]])),
-        bad("prompt has 257 tokens, more than the model's context of 256",
+        bad("prompt of 257 tokens: it has more than the model's context of 256",
             input_ids=torch.full((1, 257), 5), attention_mask=torch.ones(1, 257).long()),
         bad("block_size=300 exceeds the model's context of 256", input_ids=IDS, block_size=300),
         bad("token_type_ids_of_mine", input_ids=IDS, token_type_ids_of_mine=1),

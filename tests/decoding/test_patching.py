@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -68,6 +69,111 @@ def test_patched_scope_nests():
         output = model.generate(**prompts([6]), **GREEDY, return_dict_in_generate=True)
         assert isinstance(output, cllm.JacobiOutput)
     assert "generate" not in model.__dict__
+
+
+def test_blocks_that_overlap():
+    model = fresh_model()
+    first, second = (cllm.patched(model, cllm.JacobiConfig(block_size=n)) for n in (2, 8))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    output = model.generate(**prompts([6]), **GREEDY, return_dict_in_generate=True)
+    assert output.block_size == 8
+    second.__exit__(None, None, None)
+    assert "generate" not in model.__dict__
+
+
+def test_a_patch_that_is_removed_or_replaced_inside_a_block():
+    model = fresh_model()
+    handle = cllm.patch(model, cllm.JacobiConfig(block_size=2))
+    with cllm.patched(model, cllm.JacobiConfig(block_size=8)):
+        handle.remove()
+        cllm.patch(model, cllm.JacobiConfig(block_size=5))
+        output = model.generate(**prompts([6]), **GREEDY, return_dict_in_generate=True)
+        assert output.block_size == 5
+    assert "generate" not in model.__dict__
+
+
+def test_what_others_have_put_over_a_patch_stays():
+    model, inputs = fresh_model(), prompts([6])
+    handle = cllm.patch(model)
+    ours, calls = model.generate, []
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        return ours(*args, **kwargs)
+
+    model.generate = wrapper
+    handle.remove()
+    assert model.generate is wrapper
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert calls and not isinstance(output, cllm.JacobiOutput)
+
+
+def test_copies_and_pickles_are_patched_for_themselves():
+    model, inputs = fresh_model(), prompts([6])
+    expected = model.generate(**inputs, **GREEDY)
+    adapter = cllm.GatedAdapter.random(model, 2)
+    cllm.patch(model, cllm.JacobiConfig(block_size=3), adapter=adapter)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        output = again.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        assert again.generate.__self__ is again and output.verify_size == 3
+        assert torch.equal(output.sequences, expected)
+        with cllm.patched(again, cllm.JacobiConfig(block_size=5)):
+            pass
+        cllm.patch(again).remove()
+        assert "generate" not in again.__dict__ and "generate" in model.__dict__
+
+
+def right_padded(model):
+    model.generation_config.pad_token_id = 0
+    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 7, 5]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def a_pad_inside(model):
+    return {"input_ids": torch.tensor([[5, 0, 7, 9]])}
+
+
+def doubles(model):
+    model.double()
+    return prompts([6])
+
+
+def trained(model):
+    model.train()
+    return prompts([6])
+
+
+def beams(model):
+    return {**prompts([6]), "num_beams": 2, "block_size": 8, "generator": None, "row_ids": None}
+
+
+def too_long(model):
+    return {"input_ids": torch.full((1, 260), 5), "max_new_tokens": 3}
+
+
+OURS = {"block_size", "generator", "row_ids"}
+
+
+@pytest.mark.parametrize("given", [right_padded, a_pad_inside, doubles, trained, beams, too_long])
+def test_what_transformers_alone_takes_goes_to_it(given):
+    model = fresh_model()
+    inputs = GREEDY | given(model)
+    plain = {name: value for name, value in inputs.items() if name not in OURS}
+    expected = model.generate(**plain)
+    with pytest.raises(cllm.UnsupportedOptionError) as error:
+        cllm.generate(model, **inputs)
+    assert "\n" not in str(error.value)
+    with cllm.patched(model), pytest.warns(UserWarning, match="goes to transformers' own generate"):
+        assert torch.equal(model.generate(**inputs), expected)
+
+
+def test_token_ids_of_32_bits():
+    model, inputs = tiny_model("llama"), prompts([6, 3])
+    expected = model.generate(**inputs, **GREEDY)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    assert torch.equal(cllm.generate(model, **inputs, **GREEDY), expected)
 
 
 def test_survives_to_saving_copying_and_peft(tmp_path):

@@ -62,6 +62,13 @@ class GatedAdapter:
         self._warned = False
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or pickle: what it was made of, not what it has seen of models since."""
+        return {"weights": self.weights, "metadata": self.metadata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        GatedAdapter.__init__(self, **state)
+
     @classmethod
     def load(cls, source: str | Path) -> GatedAdapter:
         """Read an adapter in PEFT's format: a folder, or a repository of the hub (owner/name).

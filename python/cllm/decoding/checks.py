@@ -93,12 +93,17 @@ def check_inputs(
     """Refuse prompts that cannot be decoded, before the first forward.
 
     Raises:
+        UnsupportedOptionError: HuggingFace's own loop would take it.
         ValueError: naming the argument and what to do.
     """
     if model.training:
-        raise ValueError(
-            "the model is in training mode, where dropout makes every forward different; "
-            "call model.eval() first"
+        raise UnsupportedOptionError(
+            "a model in training mode",
+            "dropout makes every forward different; call model.eval() first",
+        )
+    if model.dtype == torch.float64:
+        raise UnsupportedOptionError(
+            "dtype=torch.float64", "it takes float32, bfloat16 and float16; call model.float()"
         )
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must be [batch, tokens], not {list(input_ids.shape)}")
@@ -132,10 +137,11 @@ def check_inputs(
             )
         mask = attention_mask.long()
         if bool(((mask != 0) & (mask != 1)).any()) or bool((mask.diff(dim=1) < 0).any()):
-            raise ValueError(
-                "attention_mask must be zeros followed by ones in every row (left padding); "
+            raise UnsupportedOptionError(
+                "this attention_mask",
+                "it must be zeros followed by ones in every row (left padding); "
                 "set tokenizer.padding_side='left', and pass a mask of ones for a prompt that "
-                "holds the pad token itself"
+                "holds the pad token itself",
             )
         counts = mask.sum(dim=1)
         if int(counts.min()) == 0:
@@ -144,9 +150,9 @@ def check_inputs(
         longest = int(counts.max())
     if traits.context is not None:
         if longest > traits.context:
-            raise ValueError(
-                f"the prompt has {longest} tokens, more than the model's context of "
-                f"{traits.context}; shorten it"
+            raise UnsupportedOptionError(
+                f"a prompt of {longest} tokens",
+                f"it has more than the model's context of {traits.context}; shorten it",
             )
         if settings.block_size != AUTO and settings.width > traits.context:
             raise ValueError(

@@ -34,7 +34,7 @@ from .sampling import SamplingNoise, drawn_seed, noise_rows
 from .shelf import with_room
 from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
-from .support import ModelTraits, check_model
+from .support import ModelTraits, UnsupportedOptionError, check_model
 from .uncompiled import uncompiled
 
 
@@ -127,10 +127,11 @@ def jacobi_decode(
     if settings.compile == "graph":
         check_device(input_ids.device)
     if token_streamer is not None and input_ids.shape[0] > 1:
-        raise ValueError(
-            f"a streamer takes a batch of 1, but input_ids has {input_ids.shape[0]} rows; "
-            "generate the rows one by one or drop the streamer"
+        raise UnsupportedOptionError(
+            f"a streamer for {input_ids.shape[0]} rows",
+            "it takes a batch of 1; generate the rows one by one or drop the streamer",
         )
+    input_ids = input_ids.long()
 
     rules = StopRules.from_criteria(stopping_criteria or StoppingCriteriaList())
     if rules.max_length is None:
