@@ -160,7 +160,7 @@ def test_a_refused_streamer_puts_nothing_out(played):  # noqa: F811
     model, inputs = fresh(), prompts([9, 4])
     called(model, inputs, compile="graph")
     kept = graphs.kept_bytes(model)
-    with pytest.raises(ValueError, match="a streamer takes a batch of 1, but input_ids has 2"):
+    with pytest.raises(ValueError, match="a streamer for 2 rows: it takes a batch of 1"):
         called(model, inputs, compile="graph", streamer=Streamer())
     assert graphs.kept_bytes(model) == kept > 0
 
