@@ -277,7 +277,8 @@ def test_an_interrupted_run_goes_on_as_if_uninterrupted(make_trainer, tmp_path):
         ({"states": 5}, "the checkpoint's windows are not those of this data"),
         ({"window_size": 7}, "guesses is"),
     ):
-        other = make_trainer(**{**settings, **changes, "output_dir": str(tmp_path / "parts")})
+        more = {**settings, **changes, "max_steps": 10, "output_dir": str(tmp_path / "parts")}
+        other = make_trainer(**more)
         with pytest.raises(ValueError, match=message):
             other.train(resume_from_checkpoint=True)
     sliding = {**settings, "sampling": "sliding", "window_size": None}
