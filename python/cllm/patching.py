@@ -115,11 +115,15 @@ class _Generate:
     """What hides a model's ``generate``: a bound method that deep copies and pickles of the model
     have one of for themselves."""
 
-    def __init__(self, model: Any):
-        self.__self__ = model
+    def __init__(self, patches: _Patches):
+        self.patches = patches
+
+    @property
+    def __self__(self) -> Any:
+        return self.patches.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _patched_generate(self.__self__, *args, **kwargs)
+        return _patched_generate(self.patches, *args, **kwargs)
 
 
 class _Patches:
@@ -134,7 +138,21 @@ class _Patches:
         self.model = model
         self.places: list[_Place] = []
         self.hidden = model.__dict__.get("generate")
-        self._generate = _Generate(model)
+        if isinstance(self.hidden, _Generate) and self.hidden.__self__ is not model:
+            # `copy.copy` of a patched model has the very object that hides the first's
+            self.hidden = self.hidden.patches.hidden
+        self._generate = _Generate(self)
+
+    @property
+    def current(self) -> Handle | None:
+        places = self.places  # once: other threads put in new lists
+        return places[-1].handle if places else None
+
+    @property
+    def original(self) -> Any:
+        if self.hidden is not None:
+            return self.hidden
+        return types.MethodType(type(self.model).generate, self.model)
 
     def add(self, place: _Place) -> None:
         if not self.places:
@@ -159,13 +177,14 @@ class _Patches:
 
 
 def _patches(model: Any) -> _Patches | None:
-    return model.__dict__.get(_HANDLE) if hasattr(model, "__dict__") else None
+    patches = model.__dict__.get(_HANDLE) if hasattr(model, "__dict__") else None
+    # a shallow copy has those of the first, which are not to be taken off through it
+    return patches if patches is not None and patches.model is model else None
 
 
 def _current(model: Any) -> Handle | None:
     patches = _patches(model)
-    places = [] if patches is None else patches.places
-    return places[-1].handle if places else None
+    return None if patches is None else patches.current
 
 
 @contextmanager
@@ -193,17 +212,17 @@ def original_generate(model: Any) -> Any:
     patches = _patches(model)
     if patches is None:
         check_model(model)
-        return model.generate
-    if patches.hidden is not None:
-        return patches.hidden
-    return types.MethodType(type(model).generate, model)
+        found = model.generate
+        return _Patches(model).original if isinstance(found, _Generate) else found
+    return patches.original
 
 
-def _patched_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    handle = _current(model)
+def _patched_generate(patches: _Patches, *args: Any, **kwargs: Any) -> Any:
+    # not what the model has by now: a wrapper that outlived these patches is what later ones hide,
+    # and it would call itself
+    model, handle, huggingface_generate = patches.model, patches.current, patches.original
     if handle is None:  # the patch is gone, and somebody has kept its `generate`
-        return types.MethodType(type(model).generate, model)(*args, **kwargs)
-    huggingface_generate = original_generate(model)
+        return huggingface_generate(*args, **kwargs)
     adapter = kwargs.pop("adapter", None) or handle.adapter
     try:
         return run_generate(model, huggingface_generate, handle.config, adapter, args, kwargs)

@@ -110,6 +110,31 @@ def test_what_others_have_put_over_a_patch_stays():
     assert calls and not isinstance(output, cllm.JacobiOutput)
 
 
+def test_a_patch_over_a_wrapper_that_outlived_another():
+    model, inputs = fresh_model(), prompts([6])
+    expected = [model.generate(**inputs, **GREEDY, num_beams=n) for n in (1, 2)]
+    handle = cllm.patch(model)
+    ours = model.generate
+    model.generate = wrapper = lambda *args, **kwargs: ours(*args, **kwargs)
+    handle.remove()
+    with cllm.patched(model, cllm.JacobiConfig(block_size=4)):
+        output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        assert output.block_size == 4 and torch.equal(output.sequences, expected[0])
+        with pytest.warns(UserWarning, match="goes to transformers' own generate"):
+            beams = model.generate(**inputs, **GREEDY, num_beams=2)
+        assert torch.equal(beams, expected[1])
+    assert model.generate is wrapper
+
+
+def test_a_kept_generate_of_a_removed_patch_is_what_it_hid():
+    model = fresh_model()
+    model.generate = own = lambda *args, **kwargs: "own"
+    handle = cllm.patch(model)
+    ours = model.generate
+    handle.remove()
+    assert model.generate is own and ours() == "own"
+
+
 def test_copies_and_pickles_are_patched_for_themselves():
     model, inputs = fresh_model(), prompts([6])
     expected = model.generate(**inputs, **GREEDY)
