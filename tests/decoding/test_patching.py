@@ -178,10 +178,18 @@ def too_long(model):
     return {"input_ids": torch.full((1, 260), 5), "max_new_tokens": 3}
 
 
+def offloaded(model):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return prompts([6])
+
+
 OURS = {"block_size", "generator", "row_ids"}
 
 
-@pytest.mark.parametrize("given", [right_padded, a_pad_inside, doubles, trained, beams, too_long])
+@pytest.mark.parametrize(
+    "given", [right_padded, a_pad_inside, doubles, trained, beams, too_long, offloaded]
+)
 def test_what_transformers_alone_takes_goes_to_it(given):
     model = fresh_model()
     inputs = GREEDY | given(model)

@@ -108,6 +108,12 @@ def check_inputs(
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
         raise ValueError(f"input_ids must be [batch, tokens], not {list(input_ids.shape)}")
     device = model_device(model)
+    # accelerate's hook, without which there are no weights at all
+    if device.type == "meta" and hasattr(model.get_input_embeddings(), "_hf_hook"):
+        raise UnsupportedOptionError(
+            "an offloaded input embedding",
+            "its weights are in memory during a forward only; keep the embedding on a device",
+        )
     if input_ids.device != device:
         raise ValueError(
             f"input_ids is on {input_ids.device}, the model on {device}; "
