@@ -6,6 +6,7 @@ which hides the method of the class and is taken away again. Training's is `trai
 
 from __future__ import annotations
 
+import re
 import threading
 import types
 import warnings
@@ -52,8 +53,11 @@ class Handle:
                 patches.drop([place for place in patches.places if place.handle is self])
 
     def warn_once(self, error: UnsupportedOptionError) -> None:
-        if error.option not in self._warned:
-            self._warned.add(error.option)
+        option = re.sub(
+            r"\d+", "", error.option
+        )  # "a prompt of 300 tokens" is one with that of 301
+        if option not in self._warned:
+            self._warned.add(option)
             warnings.warn(f"{error}. This call goes to transformers' own generate.", stacklevel=4)
 
 

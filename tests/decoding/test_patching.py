@@ -202,6 +202,41 @@ def test_what_transformers_alone_takes_goes_to_it(given):
         assert torch.equal(model.generate(**inputs), expected)
 
 
+class Batches:
+    """A streamer that takes several rows."""
+
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.append(value.tolist())
+
+    def end(self):
+        self.seen.append(None)
+
+
+def test_a_streamer_of_batches_goes_to_transformers():
+    model, inputs = fresh_model(), prompts([6, 3])
+    expected, found = Batches(), Batches()
+    text = model.generate(**inputs, **GREEDY, streamer=expected)
+    with cllm.patched(model), pytest.warns(UserWarning, match="a streamer for 2 rows"):
+        assert torch.equal(model.generate(**inputs, **GREEDY, streamer=found), text)
+    assert found.seen == expected.seen
+
+
+def test_an_option_is_warned_about_once_whatever_its_number():
+    model = fresh_model()
+    with cllm.patched(model), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for length in (257, 258):
+            model.generate(input_ids=torch.full((1, length), 5), max_new_tokens=2, do_sample=False)
+        for count in (2, 3):
+            model.generate(**prompts([6]), max_new_tokens=2, do_sample=False, num_beams=count)
+    said = [str(warning.message) for warning in warned]
+    ours = [text.split(": ")[0] for text in said if "transformers' own generate" in text]
+    assert [text.split("out ")[1] for text in ours] == ["a prompt of 257 tokens", "num_beams=2"]
+
+
 def test_token_ids_of_32_bits():
     model, inputs = tiny_model("llama"), prompts([6, 3])
     expected = model.generate(**inputs, **GREEDY)
