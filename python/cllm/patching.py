@@ -66,7 +66,8 @@ def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
 
     Only this instance changes, and only its ``generate``. Calls that Jacobi decoding cannot carry
     out (sampling, beams, assisted generation, ...) go to transformers' own ``generate`` with one
-    warning per option. Patching a patched model replaces the settings.
+    warning per option. Patching a patched model replaces the settings. Deep copies and pickles of a
+    patched model are patched for themselves; ``copy.copy`` shares the first's until it is patched.
 
     Args:
         model: a decoder-only transformers model.

@@ -150,6 +150,22 @@ def test_copies_and_pickles_are_patched_for_themselves():
         assert "generate" not in again.__dict__ and "generate" in model.__dict__
 
 
+def test_a_shallow_copy_is_patched_and_unpatched_apart_from_the_first():
+    model, inputs = fresh_model(), prompts([6])
+    expected = model.generate(**inputs, **GREEDY)
+    handle = cllm.patch(model, cllm.JacobiConfig(block_size=3))
+    again = copy.copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(cllm.generate(again, **inputs, **GREEDY, block_size=2), expected)
+    other = cllm.patch(again, cllm.JacobiConfig(block_size=5))
+    assert again.generate.__self__ is again and model.generate.__self__ is model
+    other.remove()
+    assert "generate" not in again.__dict__ and handle.active
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert output.block_size == 3 and torch.equal(output.sequences, expected)
+
+
 def right_padded(model):
     model.generation_config.pad_token_id = 0
     ids = torch.tensor([[5, 6, 7, 0], [8, 9, 7, 5]])
