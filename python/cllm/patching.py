@@ -65,7 +65,7 @@ def patch(model: Any, config: JacobiConfig | None = None, *, adapter: Any = None
     """Make ``model.generate`` decode by Jacobi iteration.
 
     Only this instance changes, and only its ``generate``. Calls that Jacobi decoding cannot carry
-    out (sampling, beams, assisted generation, ...) go to transformers' own ``generate`` with one
+    out (beams, assisted generation, ...) go to transformers' own ``generate`` with one
     warning per option. Patching a patched model replaces the settings. Deep copies and pickles of a
     patched model are patched for themselves; ``copy.copy`` shares the first's until it is patched.
 

@@ -220,7 +220,7 @@ class JacobiConfig:
 
 _LOOKUP = 3
 # By what was measured (docs/performance.md). On a CPU four are fastest alone, and in batches of 4
-# and 16 one is, or nearly; on a GPU sixteen rows cost 1.07 times what one does.
+# and 16 one is, or nearly; on a GPU sixteen rows cost a large model little more than one.
 _CPU_WINDOW = 4
 _CPU_ROWS = 8
 _WINDOW = 16
