@@ -53,9 +53,8 @@ class Handle:
                 patches.drop([place for place in patches.places if place.handle is self])
 
     def warn_once(self, error: UnsupportedOptionError) -> None:
-        option = re.sub(
-            r"\d+", "", error.option
-        )  # "a prompt of 300 tokens" is one with that of 301
+        # "a prompt of 300 tokens" is one with that of 301
+        option = re.sub(r"\d+", "", error.option)
         if option not in self._warned:
             self._warned.add(option)
             warnings.warn(f"{error}. This call goes to transformers' own generate.", stacklevel=4)

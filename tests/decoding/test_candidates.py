@@ -104,20 +104,25 @@ def test_they_take_fewer_forwards():
     assert forwards[0] > forwards[1] > forwards[2]
 
 
+def check_recorded(out, width):
+    """The one trajectory of a call is that of its text, in windows of this width."""
+    (trajectory,) = out.trajectories
+    assert trajectory.tokens == out.sequences[0, 24:].tolist()
+    assert sum(one.accepted for one in trajectory.iterations) == len(trajectory.tokens)
+    for one in trajectory.iterations:
+        right = 1
+        while right < width and one.window[right] == one.predictions[right - 1]:
+            right += 1
+        assert one.exact == right and len(one.window) == len(one.predictions) == width
+
+
 def test_what_is_recorded_is_the_window_that_was_kept():
     model, inputs = tiny_model("llama"), prompts([24])
     out = cllm.generate(
         model, **inputs, max_new_tokens=60, block_size=6, candidates=3, record_trajectories=True,
         return_dict_in_generate=True,
     )  # fmt: skip
-    (trajectory,) = out.trajectories
-    assert trajectory.tokens == out.sequences[0, 24:].tolist()
-    assert sum(one.accepted for one in trajectory.iterations) == len(trajectory.tokens)
-    for one in trajectory.iterations:
-        right = 1
-        while right < 6 and one.window[right] == one.predictions[right - 1]:
-            right += 1
-        assert one.exact == right and len(one.window) == len(one.predictions) == 6
+    check_recorded(out, 6)
 
 
 @given(data=st.data(), count=st.integers(1, 4), rows=st.integers(1, 3), size=st.integers(1, 3))

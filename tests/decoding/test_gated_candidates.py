@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 
 import cllm
 
+from .test_candidates import FAMILIES, check_recorded
 from .test_gated import STRENGTHS, greedy, random_adapter, without_effect
 from .tiny_models import prompts, tiny_model
-
-# native layers; sliding windows; masks added to the scores; latent attention; names its attention
-FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "gemma2", "gpt2", "deepseek-v3", "falcon"]
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
@@ -105,14 +103,7 @@ def test_what_is_recorded_is_the_window_that_was_kept():
         adapter=random_adapter("llama", 0.05), return_dict_in_generate=True,
     )  # fmt: skip
     assert out.verify_size == 6
-    (trajectory,) = out.trajectories
-    assert trajectory.tokens == out.sequences[0, 24:].tolist()
-    assert sum(one.accepted for one in trajectory.iterations) == len(trajectory.tokens)
-    for one in trajectory.iterations:
-        right = 1
-        while right < 6 and one.window[right] == one.predictions[right - 1]:
-            right += 1
-        assert one.exact >= right and len(one.window) == len(one.predictions) == 6
+    check_recorded(out, 6)
 
 
 def test_the_pool_comes_with_them():

@@ -14,20 +14,10 @@ import cllm
 from cllm.decoding.support import check_model
 from cllm.traits import RopeChange, rope_changes
 
-from .tiny_models import CONFIGS, VOCAB, prompts
+from .tiny_models import BOS, CONFIGS, PAD, SIZES, VOCAB, prompts
 
 THRESHOLD = 32
-_SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    eos_token_id=None,
-    pad_token_id=0,
-    bos_token_id=1,
-)
+_SIZES = dict(SIZES, eos_token_id=None, pad_token_id=PAD, bos_token_id=BOS)
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 1e4,

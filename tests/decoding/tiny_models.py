@@ -12,16 +12,15 @@ VOCAB = 97
 PAD, BOS, EOS = 0, 1, 2
 
 _IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-_BASE = dict(
+SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=256,
-    **_IDS,
 )
+_BASE = dict(SIZES, max_position_embeddings=256, **_IDS)
 _HEADS = dict(_BASE, head_dim=8)
 _LOCAL = dict(_HEADS, sliding_window=8)
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -99,10 +99,12 @@ def check_steps_left(checkpoint: Path, most: int) -> None:
 @contextmanager
 def naming(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
     """Errors of reading a checkpoint's files, raised as a CheckpointError that names it."""
+    import torch
+
     try:
         yield
-    except (ImportError, CheckpointError):
-        raise
+    except (ImportError, CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise  # of which no file is to blame
     except Exception as error:  # torch, safetensors and pickle have a kind of their own each
         reason = str(error).strip().splitlines() or ["no message"]
         raise CheckpointError(
