@@ -19,6 +19,7 @@ that fails is named with its reason, and the others go on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,23 @@ from benchmarks.tasks import read_tasks, token_caps
 from cllm.bench.comparison import Comparison, NothingToCompare, Plan
 from cllm.bench.contenders import CONTENDERS, EAGER, Setup
 from cllm.bench.tasks import Kept
+
+
+def batch(text: str) -> tuple[int, int | None]:
+    """``"16"`` or ``"16:2"``: a batch size, and the most batches of a task or None."""
+    size, colon, most = text.partition(":")
+    numbers = int(size), int(most) if colon else None
+    if min(number for number in numbers if number is not None) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def adapter_digest(folder: str | None) -> str | None:
+    """Names the adapter's weights: the SHA-256 of their file."""
+    if folder is None:
+        return None
+    file = Path(folder) / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def comparison(options: argparse.Namespace) -> Comparison:
@@ -47,8 +65,9 @@ def comparison(options: argparse.Namespace) -> Comparison:
         options.draft, options.cllm_weights, options.block_size, longest + 16,
     )  # fmt: skip
     plan = Plan(
-        tuple(options.contender or CONTENDERS), tuple(options.batch), options.rounds,
-        options.warm_up, options.warm_up_tokens,
+        contenders=tuple(options.contender or CONTENDERS), batches=tuple(options.batch),
+        most={size: most for size, most in options.batch.items() if most is not None},
+        rounds=options.rounds, warm_up=options.warm_up, warm_up_tokens=options.warm_up_tokens,
     )  # fmt: skip
     return Comparison(reference, tasks, setup, plan, Kept(options.work), limit=options.limit)
 
@@ -67,7 +86,10 @@ def main() -> None:
     parser.add_argument("--draft", help="a smaller model with the same tokenizer")
     parser.add_argument("--cllm-weights", help="a consistency LLM of the base")
     parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="only these")
-    parser.add_argument("--batch", type=int, action="append", help="batch size; default 1")
+    parser.add_argument(
+        "--batch", type=batch, action="append", metavar="SIZE[:MOST]",
+        help="batch size, and the most batches of a task; default 1, over all prompts",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=4, help="n where it is not automatic")
     parser.add_argument("--limit", type=int, default=8, help="prompts of a task")
     parser.add_argument("--rounds", type=int, default=2)
@@ -80,7 +102,7 @@ def main() -> None:
     parser.add_argument("--record", metavar="FOLDER", help="folder in benchmarks/results/")
     parser.add_argument("--name", help="the record's name; default compare_DTYPE")
     options = parser.parse_args()
-    options.batch = options.batch or [1]
+    options.batch = dict(options.batch or [(1, None)])
     if options.contender and EAGER not in options.contender:
         options.contender.insert(0, EAGER)
     try:
@@ -94,6 +116,7 @@ def main() -> None:
         "model": options.base or "SmolLM2-135M-Instruct",
         "dtype": options.dtype,
         "block_size": options.block_size,
+        "adapter": adapter_digest(options.adapter),
         "rounds": options.rounds,
         "floor": floor,
         "absent": one.failures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,25 @@ def test_who_fails_on_the_way_is_left_out_and_named(setup, tmp_path, monkeypatch
     monkeypatch.setattr(again, "contestants", lambda: iter([Stub(EAGER, ["again", "again"])]))
     monkeypatch.setattr(again, "references", lambda task: [[7] * 4, [7, 7, 7, 8]])
     assert again.run()["1"]["few"][EAGER] == one
+
+
+def test_a_size_may_be_given_fewer_batches(setup, tmp_path, monkeypatch):
+    prompts = [[3, 4], [5, 6], [7, 8]]
+    made, _ = comparison(setup, tmp_path, prompts, batches=(1, 2), most={1: 2})
+    stubs = [Stub(EAGER, [4, 4, 4]), Stub("cllm, Jacobi", [2, 2, 2])]
+    monkeypatch.setattr(made, "contestants", lambda: iter(stubs))
+    monkeypatch.setattr(made, "references", lambda task: [[7] * 4, [7, 7, 7, 8], [7] * 4])
+    verified = []
+    monkeypatch.setattr(
+        module, "verify", lambda *given, **_: verified.append(given[1]) or Namespace(ok=True)
+    )
+    found = made.run()
+    assert found["1"]["few"]["prompts"] == 2 and found["2"]["few"]["prompts"] == 2
+    for size in "12":
+        assert found[size]["few"]["cllm, Jacobi"]["same"] == 1
+        assert found[size]["few"]["cllm, Jacobi"]["near_ties"] == 1
+    # one text of one prompt, whoever decoded it and in whichever batch
+    assert [tokens.tolist() for tokens in verified] == [[[5, 6, 7, 7, 7, 7]]]
 
 
 def test_without_huggingface_there_is_nothing_to_compare(setup, tmp_path, monkeypatch):

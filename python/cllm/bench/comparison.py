@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class Plan:
     Attributes:
         contenders: names of `CONTENDERS`, HuggingFace's eager decoding among them.
         batches: batch sizes.
+        most: batch size -> most batches of a task; where it says nothing, all of its prompts count.
         rounds: times that every prompt is decoded.
         warm_up: prompts of every task that are decoded before anything counts.
         warm_up_tokens: most new tokens of each.
@@ -37,15 +38,16 @@ class Plan:
 
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     batches: tuple[int, ...] = (1,)
+    most: Mapping[int, int] = field(default_factory=dict)
     rounds: int = 2
     warm_up: int = 2
     warm_up_tokens: int = 32
 
 
-def in_batches(task: Task, size: int) -> list[list[list[int]]]:
-    """The task's prompts, `size` at a time; what is left over takes no part."""
+def in_batches(task: Task, size: int, most: int | None = None) -> list[list[list[int]]]:
+    """The task's prompts, `size` at a time, at most `most` times; the others take no part."""
     whole = len(task.prompts) // size * size
-    return [task.prompts[start : start + size] for start in range(0, whole, size)]
+    return [task.prompts[start : start + size] for start in range(0, whole, size)][:most]
 
 
 def weight_bytes(model: Any) -> int:
@@ -115,6 +117,7 @@ class Comparison:
         self.failures: dict[str, str] = {}
         self._tell = tell or partial(print, flush=True)
         self._out: set[tuple[str, int]] = set()
+        self._verified: dict[str, bool] = {}  # prompt and text: many contenders have the same one
 
     def references(self, task: Task) -> list[list[int]]:
         """HuggingFace's greedy search in fp32, prompt by prompt."""
@@ -133,6 +136,9 @@ class Comparison:
         key = [self.key[0], task.prompts, task.max_new_tokens]
         found: list[list[int]] = self.kept.get(f"reference-{task.name}", key, decode)
         return found
+
+    def _batches(self, task: Task, size: int) -> list[list[list[int]]]:
+        return in_batches(task, size, self.plan.most.get(size))
 
     def _warm_batches(self, size: int) -> list[list[list[int]]]:
         if size == 1:
@@ -190,7 +196,7 @@ class Comparison:
                 turn = 0
                 for number in range(self.plan.rounds):
                     for task in self.tasks:
-                        for place, prompts in enumerate(in_batches(task, size)):
+                        for place, prompts in enumerate(self._batches(task, size)):
                             first = turn % max(1, len(alive))
                             turn += 1
                             for one in alive[first:] + alive[:first]:
@@ -232,8 +238,8 @@ class Comparison:
         rounds = self.plan.rounds
         for task in self.tasks:
             named = rows[task.name]
-            count = len(in_batches(task, size)) * rounds
-            whole = len(in_batches(task, size)) * size
+            whole = len(self._batches(task, size)) * size
+            count = len(self._batches(task, size)) * rounds
             references = self.references(task)[:whole] * rounds
             theirs = named[EAGER]
             found[task.name] = {"prompts": whole, "max_new_tokens": task.max_new_tokens}
@@ -263,18 +269,17 @@ class Comparison:
         same = ties = 0
         rounds = self.plan.rounds
         prompts = task.prompts[: len(references) // rounds] * rounds
-        seen: dict[str, bool] = {}
         for prompt, text, reference in zip(prompts, texts, references, strict=True):
             if text == reference:
                 same += 1
                 continue
             key = json.dumps([prompt, text])
-            if key not in seen:
+            if key not in self._verified:
                 tokens = torch.tensor([[*prompt, *text]], device=self.setup.device)
                 bound = near_tie_tolerance(getattr(torch, self.setup.dtype))
                 verified = verify(self.reference, tokens, len(prompt), tolerance=bound)
-                seen[key] = verified.ok
-            ties += seen[key]
+                self._verified[key] = verified.ok
+            ties += self._verified[key]
         return {"texts": len(texts), "same": same, "near_ties": ties}
 
     def floor(self) -> dict[str, float]:

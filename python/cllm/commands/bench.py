@@ -164,7 +164,7 @@ def bench(
             loaded.model,
             [task],
             setup,
-            Plan(names, sizes, rounds, _WARM_UP),
+            Plan(names, sizes, rounds=rounds, warm_up=_WARM_UP),
             Kept(folder),
             limit=len(encoded),
             tell=lambda line: status.update(line.replace("[", r"\[")),
