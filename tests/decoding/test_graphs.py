@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria
 
 import cllm
-from cllm.decoding import cache, forward, graphs, shelf
+from cllm.decoding import cache, forward, graphs, prefill, shelf
 from cllm.decoding.cache import BlockPlan
 
 from ..adapter.adapters import peft_model
@@ -25,7 +25,11 @@ from .tokenizer import letters_tokenizer
 
 
 class Recorder:
-    """Stands for CUDA's graphs: what was captured runs anew, on what its inputs hold by then."""
+    """Stands for CUDA's graphs: what was captured runs anew, on what its inputs hold by then.
+
+    Attributes:
+        prefills: another one, for them.
+    """
 
     def __init__(self):
         self.captures = self.replays = 0
@@ -45,7 +49,9 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
+    found.prefills = Recorder()
     monkeypatch.setattr(graphs, "capture", found.capture)
+    monkeypatch.setattr(prefill, "capture", found.prefills.capture)
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     # as on a GPU: no layer of native code, and places made of lengths that are on the device
     monkeypatch.setattr(forward, "native_devices", set())

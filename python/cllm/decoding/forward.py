@@ -19,6 +19,7 @@ from .attention import NAME, chosen_implementation, cllm_attention
 from .cache import BlockPlan, RaggedCache
 from .layers import decoder_layers, native_layers
 from .masks import CHUNKED, block_mask, chains_mask, window_mask
+from .prefill import padded, padded_width
 from .support import ModelTraits, UnsupportedModelError, check_model
 
 
@@ -115,6 +116,7 @@ class BlockForward:
             native=layout.attention == "native",
         )
         self.cache = RaggedCache(self.plan)
+        self.weights = sum(one.numel() for one in model.parameters()) if fixed else 0
         self.position_limit = position_limit
         self.mask_dtype = model.dtype if traits.additive_masks else None
         self.block_masks = {
@@ -131,17 +133,27 @@ class BlockForward:
             input_ids: [B, P], row b holding its tokens at ``0 .. lengths[b] - 1``.
             lengths: [B].
         """
+        input_ids = padded(input_ids, self.prefill_width(input_ids) or input_ids.shape[1])
         width = input_ids.shape[1]
         self.plan.start_prefill(width)
         call = dict(self._call, input_ids=input_ids, attention_mask=None)
         columns = torch.arange(width, device=input_ids.device)
         if self.traits.takes_positions:
-            call["position_ids"] = columns.expand_as(input_ids)
+            # what stands behind all prompts is padding, at no position that a text has not
+            call["position_ids"] = columns.minimum(lengths.max() - 1).expand_as(input_ids)
         if self.plan.right_aligned:
             call["attention_mask"] = (columns < lengths[:, None]).long()
         if self.traits.takes_logits_to_keep:
             call["logits_to_keep"] = 1
         self.model(**call)
+
+    def prefill_width(self, input_ids: torch.Tensor) -> int | None:
+        """That prompts [B, P] are padded to, so that there are few shapes; None: they are not."""
+        # without positions of its own a model would count on behind the last one that it has
+        if not (self.fixed and self.traits.takes_positions) or self.plan.right_aligned:
+            return None
+        batch, width = input_ids.shape
+        return padded_width(batch, width, self.weights)
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]

@@ -94,6 +94,7 @@ class ForwardClock:
         shape["slots"] = round_up(shape["slots"], VIEW_STEP)
         forward = GraphedForward(self._model, self._traits, **shape)
         forward.automatic = True  # the call itself tells where it fails
+        forward.by_prefill = False  # there is one
         forward.most_windows = sys.maxsize  # widths take turns, and all go with the clock
         return forward
 

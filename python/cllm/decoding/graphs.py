@@ -27,11 +27,13 @@ import torch
 
 from ..adapter import low_rank
 from ..linears import _terms
+from . import prefill
 from .cache import VIEW_STEP, round_up
 from .capturing import Capture, capture, on_device, short_of_memory
 from .forward import BlockForward, Layout
 from .graph_key import forward_key
 from .host_needs import NoHost
+from .prefill import Prefills, padded
 from .shelf import (
     MOST_KEPT,
     Use,
@@ -79,6 +81,13 @@ class Captured:
     given: torch.Tensor
     replay: Callable[[], Any]
 
+    def run(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What it gives for these, overwritten by the next run."""
+        self.tokens.copy_(tokens)
+        self.lengths.copy_(lengths)
+        self.replay()
+        return self.given
+
     @property
     def nbytes(self) -> int:
         """Bytes of what it reads and writes."""
@@ -91,6 +100,8 @@ class GraphedForward(BlockForward):
     Attributes:
         by_window: a window is captured at its first forward and replayed from then on; False while
             whole iterations are captured, or could not be.
+        by_prefill: prefills are captured; False: this one's are few.
+        prefills: captured.
         iterations: those captured, by what is fixed in them; None: it could not be captured, and
             whoever asked was told.
         windows: captures by the window, by `window_key`; None: as above.
@@ -106,7 +117,8 @@ class GraphedForward(BlockForward):
     def __init__(self, *args: Any, **others: Any):
         super().__init__(*args, **others, fixed=True)
         self.adapter: Any = None
-        self.by_window = True
+        self.by_window = self.by_prefill = True
+        self.prefills = Prefills()
         self.automatic = False
         self.key: tuple | None = None
         self.stays = True
@@ -122,6 +134,31 @@ class GraphedForward(BlockForward):
         self.by_window = self.stays = True
         if not automatic:  # who asks for a graph is to have it, or to hear why not
             self._untold.clear()
+
+    def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """As `BlockForward.prefill`."""
+        width, plain = self.prefill_width(input_ids), super().prefill
+        if width is None or not self.by_prefill:
+            return plain(input_ids, lengths)
+        given = padded(input_ids, width), lengths
+
+        def make() -> Captured | None:
+            own = given[0].clone(), lengths.clone()
+
+            def run() -> torch.Tensor:
+                plain(*own)
+                return own[1]
+
+            return self.attempt(
+                lambda: Captured(*own, *self.captured(run, prefill.capture)),
+                f"forward over prompts of {list(own[0].shape)} tokens",
+                alone=True,
+            )
+
+        captured = self.prefills.find(width, make, asked=not self.automatic)
+        if captured is None:
+            return plain(*given)
+        captured.run(*given)
 
     def window(
         self, tokens: torch.Tensor, lengths: torch.Tensor, host_lengths: list[int]
@@ -180,14 +217,13 @@ class GraphedForward(BlockForward):
                 self.windows.popitem(last=False)
         self.windows.move_to_end(key)
         captured = self.windows[key]
-        if captured is None:
-            return run(tokens, lengths)
-        captured.tokens.copy_(tokens)
-        captured.lengths.copy_(lengths)
-        captured.replay()
-        return captured.given
+        return run(tokens, lengths) if captured is None else captured.run(tokens, lengths)
 
-    def captured(self, run: Callable[[], torch.Tensor]) -> Capture:
+    def captured(
+        self,
+        run: Callable[[], torch.Tensor],
+        capture_by: Callable[[Callable[[], torch.Tensor]], Capture] | None = None,
+    ) -> Capture:
         """`capture` of something that runs this forward.
 
         Raises:
@@ -198,15 +234,16 @@ class GraphedForward(BlockForward):
             run()  # what is made once, an adapter's casts on the device, say, is not to count
             with NoHost():
                 run()
-        given, replay = capture(run)
+        given, replay = (capture_by or capture)(run)
         return given, partial(_replayed, replay, _surroundings(self.model))
 
-    def attempt(self, make: Callable[[], Made], what: str) -> Made | None:
+    def attempt(self, make: Callable[[], Made], what: str, *, alone: bool = False) -> Made | None:
         """What `make` makes by way of `captured`; None where that fails. Whoever asked for a graph
         is warned then.
 
         Args:
             what: names it in the warning.
+            alone: what else the call has captured does not depend on it, so that nobody is warned.
         """
         try:
             return make()
@@ -215,21 +252,23 @@ class GraphedForward(BlockForward):
             told = f"({type(failure).__name__}: {reason[0]})"
             short = short_of_memory(failure)
         # not while the failure is handled, which holds what was allocated on the way to it
-        self._go_without(f"the {what} of {type(self.model).__name__}", told, short)
+        self._go_without(f"the {what} of {type(self.model).__name__}", told, short, alone)
         return None
 
-    def _go_without(self, what: str, reason: str, short: bool) -> None:
+    def _go_without(self, what: str, reason: str, short: bool, alone: bool) -> None:
         """Remember and tell that there is no capture; where memory was short, there is none of this
         model any more."""
         if short:
             self.iterations.clear()
             self.windows.clear()
+            self.prefills.clear()
             let_go(self.model)
-        made = (*self.iterations.values(), *self.windows.values())
-        self.stays = not short and (not self.automatic or any(one is not None for one in made))
-        if self.key is not None and (short or self.automatic):
-            note_failure(self.model, self.key, told=not self.automatic)
-        if self.automatic:
+        if not alone:
+            made = (*self.iterations.values(), *self.windows.values())
+            self.stays = not short and (not self.automatic or any(one is not None for one in made))
+            if self.key is not None and (short or self.automatic):
+                note_failure(self.model, self.key, told=not self.automatic)
+        if alone or self.automatic:
             logger.info("%s could not be captured and goes on without a graph %s", what, reason)
             return
         warnings.warn(
@@ -251,7 +290,8 @@ class GraphedForward(BlockForward):
     def nbytes(self) -> int:
         """Bytes of the KV cache, and of what iterations and windows read and write."""
         made = (*self.iterations.values(), *self.windows.values())
-        return self.cache.nbytes + sum(one.nbytes for one in made if one is not None)
+        written = sum(one.nbytes for one in made if one is not None)
+        return self.cache.nbytes + self.prefills.nbytes + written
 
 
 def window_key(verify: int | None, *shape: int) -> tuple[int | None, ...]:
