@@ -12,7 +12,8 @@ time in which this machine reads the weights once.
         --work runs/compare --record cpu
     python benchmarks/decoding/compare_report.py
 
-Finished batches are kept in --work, so that an interrupted run goes on where it was. A contender
+Finished batches are kept in --work, so that an interrupted run goes on where it was; the record is
+then of the tasks that were finished. A contender
 that fails is named with its reason, and the others go on.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,29 @@ def comparison(options: argparse.Namespace) -> Comparison:
     return Comparison(reference, tasks, setup, plan, Kept(options.work), limit=options.limit)
 
 
+def decoded(one: Comparison) -> tuple[dict[str, Any], bool]:
+    """The figures, and whether they are those of what was finished when somebody ended the run
+    (Ctrl-C, or the signal that `timeout` sends).
+
+    Raises:
+        NothingToCompare: ended before HuggingFace's own decoding had finished a task.
+    """
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        return one.run(), False
+    except KeyboardInterrupt:
+        found = one.finished()
+        if not found:
+            raise NothingToCompare("it was ended before a task was finished") from None
+        return found, True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", help="folder or hub id; by default the demo's model")
@@ -108,7 +133,7 @@ def main() -> None:
     try:
         one = comparison(options)
         floor = one.floor()
-        found = one.run()
+        found, cut_off = decoded(one)
     except (NothingToCompare, ValueError) as error:
         raise SystemExit(f"compare: {error}") from error
     record: dict[str, Any] = {
@@ -120,6 +145,7 @@ def main() -> None:
         "rounds": options.rounds,
         "floor": floor,
         "absent": one.failures,
+        **({"cut_off": True} if cut_off else {}),
         "batches": found,
     }
     if options.record:

@@ -8,13 +8,15 @@ speed against memory (figure 6). No number is written that is not in a record.
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import RESULTS, rewrite
-from benchmarks.pages import ratio, record, rounds, source, table
+from benchmarks.pages import ratio, rounds, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = tuple(
@@ -39,29 +41,44 @@ def contenders(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in task.items() if isinstance(value, dict)}
 
 
+def records(results: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Folder, name and record; a CPU's first."""
+    folders = sorted(path.name for path in results.iterdir() if path.is_dir())
+    for folder in sorted(folders, key=lambda name: name != "cpu"):
+        for name in NAMES:
+            path = results / folder / f"{name}.json"
+            if path.exists():
+                yield folder, name, json.loads(path.read_text())
+
+
+def picture(folder: str, name: str) -> str:
+    """What the names of a record's pictures end with."""
+    return name if folder == "cpu" else f"{folder}_{name}"
+
+
 def section(results: Path) -> str:
     """Every record's tables and pictures."""
     lines: list[str] = []
-    for name in NAMES:
-        found = record(results, name)
-        if found is not None:
-            lines += record_section(found, name)
+    for folder, name, found in records(results):
+        lines += record_section(found, folder, name)
     return "\n".join(lines).rstrip() or "Nothing has been recorded yet."
 
 
-def record_section(found: dict[str, Any], name: str) -> list[str]:
+def record_section(found: dict[str, Any], folder: str, name: str) -> list[str]:
     floor = found["floor"]
-    milliseconds = 1e3 * floor["seconds_per_forward"]
     sizes = list(found["batches"])
     many = "" if sizes == ["1"] else f", batches of {' and '.join(sizes)}"
+    where = "" if folder == "cpu" else f", on {found['provenance']['device']}"
+    ended = " The run was ended before its last task." if found.get("cut_off") else ""
     lines = [
-        f"### {found['model']}, {found['dtype']}{many}",
+        f"### {found['model']}, {found['dtype']}{many}{where}",
         "",
-        source(found, name, **rounds(found)),
+        source(found, name, folder=folder, **rounds(found)) + ended,
         "Every contender in a process of its own, batches in turn. "
         f"{floor['weight_bytes'] / _MIB:.0f} MiB of weights at "
         f"{floor['bytes_per_second'] / 1e9:.1f} GB/s, the most that was read in this run, take "
-        f"{milliseconds:.1f} ms: the floor of a forward. Whole calls are timed, prefill and all.",
+        f"{milliseconds(floor['seconds_per_forward'])} ms: the floor of a forward. Whole calls are "
+        "timed, prefill and all.",
         "",
     ]
     for size, tasks in found["batches"].items():
@@ -74,7 +91,7 @@ def record_section(found: dict[str, Any], name: str) -> list[str]:
                         task, who, ratio(one["ratio"]),
                         f"{one['tokens_per_second']['median']:.1f}",
                         f"{one['tokens_per_forward']:.2f}",
-                        f"{1e3 * one['seconds_per_forward']:.1f}",
+                        milliseconds(one["seconds_per_forward"]),
                         f"{100 * floor['seconds_per_forward'] / one['seconds_per_forward']:.0f} %",
                         "" if first is None else f"{1e3 * first['median']:.0f}",
                         f"{one['peak_bytes'] / _MIB:.0f}",
@@ -97,10 +114,16 @@ def record_section(found: dict[str, Any], name: str) -> list[str]:
         lines.append("")
     return [
         *lines,
-        f"![Tokens per second by task](decoding_{name}.png)",
-        f"![Speed against memory](decoding_memory_{name}.png)",
+        f"![Tokens per second by task](decoding_{picture(folder, name)}.png)",
+        f"![Speed against memory](decoding_memory_{picture(folder, name)}.png)",
         "",
     ]
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits, or as many as stand before the point."""
+    value = 1e3 * seconds
+    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def beside_the_paper(tasks: dict[str, Any]) -> list[str]:
@@ -234,11 +257,9 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
     page = docs / "performance.md"
     page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
     print(page)
-    for name in NAMES:
-        found = record(results, name)
-        if found is not None:
-            draw_bars(found, docs / f"decoding_{name}.png")
-            draw_memory(found, docs / f"decoding_memory_{name}.png")
+    for folder, name, found in records(results):
+        draw_bars(found, docs / f"decoding_{picture(folder, name)}.png")
+        draw_memory(found, docs / f"decoding_memory_{picture(folder, name)}.png")
 
 
 if __name__ == "__main__":

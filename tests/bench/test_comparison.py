@@ -133,6 +133,34 @@ def test_a_size_may_be_given_fewer_batches(setup, tmp_path, monkeypatch):
     assert [tokens.tolist() for tokens in verified] == [[[5, 6, 7, 7, 7, 7]]]
 
 
+def test_what_is_finished_of_a_run_that_was_ended(setup, tmp_path, monkeypatch):
+    made, _ = comparison(setup, tmp_path, [[3, 4], [5, 6]], contenders=(EAGER, "cllm, Jacobi"))
+    made.tasks.append(replace(made.tasks[0], name="more"))
+    assert made.finished() == {}
+
+    class Ended(Stub):
+        def decode(self, prompts, most):
+            try:
+                return super().decode(prompts, most)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+    stubs = [Ended(EAGER, [4, 4, 4]), Ended("cllm, Jacobi", [2, 2])]
+    monkeypatch.setattr(made, "contestants", lambda: iter(stubs))
+    monkeypatch.setattr(made, "references", lambda task: [[7] * 4] * 2)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert all(stub.closed for stub in stubs)
+    found = made.finished()
+    assert list(found) == ["1"] and list(found["1"]) == ["few"]
+    assert found["1"]["few"]["cllm, Jacobi"]["tokens_per_forward"] == 2.0
+    # who has not finished a task is not in it
+    made.kept.find = lambda name, key, own=made.kept.find: (
+        None if "cllm, Jacobi" in key and name.endswith("-1") else own(name, key)
+    )
+    assert "cllm, Jacobi" not in made.finished()["1"]["few"]
+
+
 def test_without_huggingface_there_is_nothing_to_compare(setup, tmp_path, monkeypatch):
     made, _ = comparison(setup, tmp_path, [[3, 4]])
     stub = Stub(EAGER, ["no room"])

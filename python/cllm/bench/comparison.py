@@ -220,10 +220,9 @@ class Comparison:
     ) -> None:
         if (one.name, size) in self._out:
             return
-        key = [*self.key, one.name, prompts, task.max_new_tokens, number]
-        name = f"{task.name}-{size}-{number}-{place}"
+        where = self._where(one.name, task, size, number, place, prompts)
         try:
-            done = self.kept.get(name, key, lambda: one.decode(prompts, task.max_new_tokens))
+            done = self.kept.get(*where, lambda: one.decode(prompts, task.max_new_tokens))
         except Failed as error:
             if one.name == EAGER:
                 raise NothingToCompare(f"{EAGER}, batch {size}: {error}") from error
@@ -233,11 +232,41 @@ class Comparison:
             return
         rows.setdefault(task.name, {}).setdefault(one.name, []).append(done)
 
+    def _where(
+        self, name: str, task: Task, size: int, number: int, place: int, prompts: list[list[int]]
+    ) -> tuple[str, list[Any]]:
+        """Under which a contender's batch is kept."""
+        key = [*self.key, name, prompts, task.max_new_tokens, number]
+        return f"{task.name}-{size}-{number}-{place}", key
+
+    def finished(self) -> dict[str, Any]:
+        """As `run`, of what is kept alone: batch sizes and tasks that HuggingFace has been through,
+        and of the other contenders those that have, too. Nobody is started."""
+        found: dict[str, Any] = {}
+        for size in self.plan.batches:
+            rows: dict[str, dict[str, list[Any]]] = {}
+            for task in self.tasks:
+                places = list(enumerate(self._batches(task, size)))
+                for name in self.plan.contenders:
+                    done = [
+                        self.kept.find(*self._where(name, task, size, number, place, prompts))
+                        for number in range(self.plan.rounds)
+                        for place, prompts in places
+                    ]
+                    if None not in done:
+                        rows.setdefault(task.name, {})[name] = done
+            whole = {name: named for name, named in rows.items() if EAGER in named}
+            if whole:
+                found[str(size)] = self._figures(size, whole)
+        return found
+
     def _figures(self, size: int, rows: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         rounds = self.plan.rounds
         for task in self.tasks:
-            named = rows[task.name]
+            named = rows.get(task.name)
+            if named is None:  # cut off before it
+                continue
             whole = len(self._batches(task, size)) * size
             count = len(self._batches(task, size)) * rounds
             references = self.references(task)[:whole] * rounds
@@ -275,7 +304,7 @@ class Comparison:
                 continue
             key = json.dumps([prompt, text])
             if key not in self._verified:
-                tokens = torch.tensor([[*prompt, *text]], device=self.setup.device)
+                tokens = torch.tensor([[*prompt, *text]], device=self.reference.device)
                 bound = near_tie_tolerance(getattr(torch, self.setup.dtype))
                 verified = verify(self.reference, tokens, len(prompt), tolerance=bound)
                 self._verified[key] = verified.ok

@@ -35,11 +35,19 @@ class Kept:
 
     def get(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """What was kept under `name` and `key`, made and kept where it is not there yet."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}-{digest}.json"
+        path = self._path(name, key)
         if not path.exists():
             write_atomically(path, json.dumps(make()).encode())
         return json.loads(path.read_text())
+
+    def find(self, name: str, key: Any) -> Any:
+        """What was kept under `name` and `key`, or None."""
+        path = self._path(name, key)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _path(self, name: str, key: Any) -> Path:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"{name}-{digest}.json"
 
 
 def weights_digest(model: Any) -> str:
