@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .storage import Storage, moved
+
 # SDPA on CPU reduces over keys in blocks of 512, in order, and a masked block adds exact zeros. So
 # views that are multiples of 512 give a row the same bits.
 VIEW_STEP = 512
@@ -45,6 +47,7 @@ class BlockPlan:
         handed: layers hand the block and their storage to attention as they are, which appends
             the one to the other (`cllm_kernels.block_attention`); nothing is copied or masked.
         native: whole decoder layers do that (`layers.NativeLayer`), guess rows included.
+        storage: that all layers have theirs of, of a cache that never grows.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class BlockPlan:
         constant_view: bool = False,
         handed: bool = False,
         native: bool = False,
+        storage: Storage | None = None,
     ):
+        self.storage = storage
         self.batch = batch
         self.grows = slots > VIEW_STEP and not constant_view
         self.longest_view = round_up(slots, VIEW_STEP if self.grows else _ALIGNMENT)
@@ -199,11 +204,13 @@ class RaggedLayer(CacheLayerMixin):
     ) -> None:
         # zeros, not empty: a masked slot still takes part in a product with weight 0, and 0 * NaN
         # is NaN
-        self.storage = self._allocate(key_states), self._allocate(value_states)
+        self.storage = self._allocate("keys", key_states), self._allocate("values", value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
+    def _allocate(self, kind: str, states: torch.Tensor) -> torch.Tensor:
+        if self.plan.storage is not None:
+            return self.plan.storage.take(kind, states, self.plan.capacity)
         batch, heads, _, size = states.shape
         return states.new_zeros(batch, self.plan.capacity, heads, size)
 
@@ -253,9 +260,7 @@ class RaggedLayer(CacheLayerMixin):
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy the tokens of slots `source` [B, m] to slots `target` [B, m]."""
         for storage in self.stored():
-            rows = torch.arange(source.shape[0], device=storage.device)[:, None]
-            moved = storage[rows, source.to(storage.device)]
-            storage[rows, target.to(storage.device)] = moved
+            moved(storage, source, target)
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The storage, keys and values."""
@@ -327,6 +332,11 @@ class RaggedCache(Cache):
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """`RaggedLayer.move` in all layers."""
+        whole = None if self.plan.storage is None else self.plan.storage.whole
+        if whole is not None:
+            for storage in whole:
+                moved(storage, source, target)
+            return
         for layer in self.layers:
             assert isinstance(layer, RaggedLayer)
             layer.move(source, target)

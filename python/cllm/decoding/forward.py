@@ -20,6 +20,7 @@ from .cache import BlockPlan, RaggedCache
 from .layers import decoder_layers, native_layers
 from .masks import CHUNKED, block_mask, chains_mask, window_mask
 from .prefill import padded, padded_width
+from .storage import storage_for
 from .support import ModelTraits, UnsupportedModelError, check_model
 
 
@@ -114,6 +115,7 @@ class BlockForward:
             constant_view=fixed or (traits.additive_masks and layout.attention != "block"),
             handed=layout.attention == "block",
             native=layout.attention == "native",
+            storage=storage_for(model) if fixed else None,
         )
         self.cache = RaggedCache(self.plan)
         self.weights = sum(one.numel() for one in model.parameters()) if fixed else 0
