@@ -54,24 +54,29 @@ def block_linear_tiles_kernel(
     bias1_ptr,  # [columns1]
     bias2_ptr,  # [columns2]
     add_ptr,  # [rows, columns0], read where HAS_ADD
+    more_ptr,  # [more, width], read where HAS_MORE
     cos_ptr,  # [places, 2 * HALF], read where HALF
     sin_ptr,  # [places, 2 * HALF]
     out0_ptr,  # [rows, columns0], written
     out1_ptr,  # [rows, columns1], written
     out2_ptr,  # [rows, columns2], written
+    more_out_ptr,  # [rows, more], written where HAS_MORE
     rows,
     width,
     columns0,
     columns1,
     columns2,
-    end0,  # tiles of columns up to and with those of output 0, of output 1
+    more,
+    end0,  # tiles of columns up to and with those of output 0, of output 1, of all outputs
     end1,
+    end,
     places,  # rows of cos and sin: row r of x stands at place r % places
     COUNT: tl.constexpr,  # outputs, 1 to 3
     SWIGLU: tl.constexpr,  # the output is silu(layer 0) * layer 1
     HALF: tl.constexpr,  # of the size of a head, where outputs 0 and 1 are to be turned; else 0
     HAS_BIAS: tl.constexpr,
     HAS_ADD: tl.constexpr,
+    HAS_MORE: tl.constexpr,  # one weight more, whose product has no bias and is done as it is
     EVEN_N: tl.constexpr,  # columns are multiples of BLOCK_N
     EVEN_K: tl.constexpr,  # width is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -88,6 +93,9 @@ def block_linear_tiles_kernel(
     if (COUNT > 2) & (tile >= end1):
         weight_ptr, bias_ptr, out_ptr = weight2_ptr, bias2_ptr, out2_ptr
         columns, begin = columns2, end1
+    biased = columns
+    if HAS_MORE & (tile >= end):
+        weight_ptr, out_ptr, columns, begin, biased = more_ptr, more_out_ptr, more, end, 0
     # Where two columns make one result, a program has a tile of the one and a tile of the other:
     # of gate and up the same columns, of a head as many of its upper half as of its lower.
     PAIRED: tl.constexpr = SWIGLU or HALF > 0
@@ -103,7 +111,10 @@ def block_linear_tiles_kernel(
     real_column = column < columns
     # One number of 64 bits for the tile; inside it 32 bits reach anywhere.
     x_offset = row[None, :] * width
-    weight_offset = tl.arange(0, BLOCK_N)[:, None] * width
+    line = tl.arange(0, BLOCK_N)
+    if HAS_MORE:  # which need not be whole tiles; its last row stands for those that are not there
+        line = tl.minimum(line, columns - first_column - 1)
+    weight_offset = line[:, None] * width
     weight_tile = weight_ptr + first_column.to(tl.int64) * width
     other_tile = other_ptr + other_column.to(tl.int64) * width
     # Columns down, rows across: tensor cores want 16 to 64 of what stands down and are content with
@@ -133,7 +144,8 @@ def block_linear_tiles_kernel(
             other = tl.dot(weight, x, other, input_precision="ieee")
     kind = out0_ptr.dtype.element_ty
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + column, mask=real_column, other=0.0).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + column, mask=column < biased, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
         if PAIRED:
             other_bias_ptr = bias1_ptr if SWIGLU else bias_ptr + HALF
             bias = tl.load(other_bias_ptr + column, mask=real_column, other=0.0)
@@ -254,10 +266,12 @@ def few_rows(
     swiglu: bool = False,
     add: Tensor | None = None,  # [..., columns] contiguous, of a single layer
     turn: tuple[Tensor, Tensor] | None = None,  # cos and sin, each [B or 1, n, D] contiguous
+    more: Tensor | None = None,  # [columns, width] contiguous
 ) -> list[Tensor]:
     """[..., columns] of every layer; with `swiglu`, of two of them silu(the first) * the second
     alone; with `add`, that and the layer; with `turn`, of x [B, n, width], the first two of three
-    with their heads turned, see `turns`."""
+    with their heads turned, see `turns`; with `more` and none of these, behind them the product
+    with one weight more, which has no bias."""
     width = x.shape[-1]
     rows = x.numel() // width
     columns = [weight.shape[0] for weight in weights]
@@ -272,6 +286,8 @@ def few_rows(
     for size in columns[: len(outs)]:
         tiles = triton.cdiv(size // 2 if half else size, block_n)
         ends.append(tiles + (ends[-1] if ends else 0))
+    extra = 0 if more is None else more.shape[0]
+    more_out = outs[0] if more is None else x.new_empty((*x.shape[:-1], extra))
     chain = chained(x)
 
     def padded(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -279,31 +295,37 @@ def few_rows(
         return [first if t is None else t for t in (*tensors, *[None] * (3 - len(tensors)))]
 
     with device_of(x):
-        block_linear_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), ends[-1])](
+        tiles = ends[-1] + triton.cdiv(extra, block_n)
+        block_linear_tiles_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), tiles)](
             x,
             *padded(weights),
             *padded(biases),
             x if add is None else add,
+            x if more is None else more,
             *((x, x) if turn is None else turn),
             *padded(outs),
+            more_out,
             rows,
             width,
             *(columns + [columns[0]] * (3 - len(columns))),
+            extra,
             ends[0],
             ends[min(1, len(ends) - 1)],
+            ends[-1],
             1 if turn is None else turn[0].shape[0] * turn[0].shape[1],
             COUNT=len(outs),
             SWIGLU=swiglu,
             HALF=half,
             HAS_BIAS=has_bias,
             HAS_ADD=add is not None,
+            HAS_MORE=more is not None,
             EVEN_N=all(size % block_n == 0 for size in columns),
             EVEN_K=width % block_k == 0,
             **chain,
             **shape,
             **FUSION,
         )
-    return outs
+    return outs if more is None else [*outs, more_out]
 
 
 def block_linear(

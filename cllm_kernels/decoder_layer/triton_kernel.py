@@ -1,7 +1,8 @@
 """decoder_layer on a GPU, in seven launches where torch needs some forty: four for the products of
 few rows (`block_linear`, which turns heads, adds residuals and does SwiGLU as well), two norms, and
-`block_attention`. Where rows are many, heads have norms or an adapter changes what the products
-give, products and the steps behind them are launches of their own.
+`block_attention`. Where rows are many or heads have norms, products and the steps behind them are
+launches of their own. So they are where an adapter changes what the products give: four more that
+add its terms (`triton_low_rank`), and one that turns heads.
 
 Where a block holds several chains of tokens, one launch attends to all of them: the programs of a
 chain load the cache in front of the block and its own tokens from where they come, so none ever
@@ -28,7 +29,7 @@ from cllm_kernels.block_linear.triton_kernel import (
     turned,
     turns,
 )
-from cllm_kernels.decoder_layer.triton_low_rank import add_low_rank
+from cllm_kernels.decoder_layer.triton_low_rank import Terms, expand, gather
 from cllm_kernels.decoder_layer.weights import DecoderWeights
 from cllm_kernels.rms_norm.triton_kernel import rms_norm
 
@@ -162,7 +163,10 @@ def decoder_layer(
     width = guess_width or max(1, n - guesses_from)
     # behind no verify rows the first chain of guesses stands where they would
     chains = Chains(guesses_from or min(n, width), width, kept=guess_width is not None)
-    gated = gated_from < n and any(pair is not None for pair in weights.low_rank)
+    gated = gated_from < n
+
+    def terms_of(indices: tuple[int, ...]) -> Terms | None:
+        return gather([weights.low_rank[i] for i in indices]) if gated else None
 
     def few(indices: tuple[int, ...], x: Tensor) -> bool:
         """Whether one launch can take the linear layers of `indices` on x."""
@@ -170,28 +174,38 @@ def decoder_layer(
         return takes(x, [weights.linears[i] for i in indices]) and len(set(biases)) == 1
 
     def project(indices: tuple[int, ...], x: Tensor, **last: Any) -> list[Tensor]:
-        """The linear layers of `indices` on the same x [B, n, width]; `last` as in `few_rows`."""
+        """The linear layers of `indices` on the same x [B, n, width], without terms; `last` as in
+        `few_rows`."""
         layers = [weights.linears[i] for i in indices], [weights.biases[i] for i in indices]
         if few(indices, x):
-            outs = few_rows(x, *layers, **last)
+            return few_rows(x, *layers, **last)
+        return [linear(x, *layer) for layer in zip(*layers, strict=True)]
+
+    def with_terms(indices: tuple[int, ...], x: Tensor, terms: Terms, **last: Any) -> list[Tensor]:
+        """The same with terms; `last` as in `expand`."""
+        if few(indices, x) and takes(x, [terms.a]):
+            *outs, shrunk = project(indices, x, more=terms.a)
         else:
-            outs = [linear(x, *layer) for layer in zip(*layers, strict=True)]
-        if gated:
-            add_low_rank(outs, [weights.low_rank[i] for i in indices], x, gated_from)
-        return outs
+            outs, shrunk = project(indices, x), linear(x, terms.a)
+        return expand(outs, shrunk, terms, gated_from, **last)
 
     def added(index: int, x: Tensor, h: Tensor) -> Tensor:
         """h + the linear layer on x, both [B, n, H] or x [B, n, width]."""
-        if not gated and few((index,), x):
+        terms = terms_of((index,))
+        if terms is not None:
+            return with_terms((index,), x, terms, add=h)[0]
+        if few((index,), x):
             return project((index,), x, add=h)[0]
         return h + project((index,), x)[0]
 
     with device_of(hidden):
         x = rms_norm(hidden, weights.attention_norm, eps)
-        if not gated and few((0, 1, 2), x) and turns_at_once(weights, x):
+        terms = terms_of((0, 1, 2))
+        if terms is None and few((0, 1, 2), x) and turns_at_once(weights, x):
             q, k, v = project((0, 1, 2), x, turn=(cos, sin))
         else:
-            q, k, v = project((0, 1, 2), x)
+            wanted = ((0, 1, 2), x)
+            q, k, v = project(*wanted) if terms is None else with_terms(*wanted, terms)
             turn(q, k, cos, sin, weights, eps)
         q, k, v = (part.unflatten(2, (-1, weights.head_size)).transpose(1, 2) for part in (q, k, v))
         mixed = block_attention(
@@ -199,7 +213,10 @@ def decoder_layer(
         )
         h = added(3, mixed.transpose(1, 2).flatten(2), hidden)
         x = rms_norm(h, weights.mlp_norm, eps)
-        if not gated and few((4, 5), x):
+        terms = terms_of((4, 5))
+        if terms is not None:
+            (inner,) = with_terms((4, 5), x, terms, swiglu=True)
+        elif few((4, 5), x):
             (inner,) = project((4, 5), x, swiglu=True)
         else:
             inner = swiglu(*project((4, 5), x))

@@ -31,6 +31,10 @@ class Term(Protocol):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """a [R, in] and b [out, R], as `cllm_kernels.block_linear` takes them."""
 
+    def lay_above(self, others: Sequence[Term]) -> None:
+        """Put a of `others`, whose modules read the same input, below this one's in memory, so that
+        one product takes them all."""
+
     def rows(self) -> tuple[int, int, int] | None:
         """(first, batch, width): forwards over [batch, width] tokens get it from column `first`
         on; None: this thread's forward does not get it."""

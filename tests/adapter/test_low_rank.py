@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from cllm import GatedAdapter
+from cllm import GatedAdapter, linears
 from cllm.adapter import Gate
 from cllm.adapter.low_rank import LowRankRows
 from cllm.adapter.weights import LowRank
@@ -155,3 +155,75 @@ def test_inference_mode_gives_the_same(mode):
     with mode(), torch.no_grad():
         for found in logits():
             torch.testing.assert_close(found, expected)
+
+
+def fused(casts, ranks, seed=0):
+    """Terms of modules called 0, 1, ... that share casts."""
+    torch.manual_seed(seed)
+    rows, like = LowRankRows(Gate()), torch.empty(OUT, IN, dtype=torch.bfloat16)
+    pairs = [LowRank(torch.randn(rank, IN), torch.randn(OUT, rank), 2.0) for rank in ranks]
+    return [rows.term(casts, str(number), pair, like) for number, pair in enumerate(pairs)], pairs
+
+
+def below(terms):
+    """Whether their a lie below each other."""
+    matrices = [term.low_rank[0] for term in terms]
+    place = matrices[0].data_ptr()
+    for matrix in matrices:
+        if matrix.data_ptr() != place:
+            return False
+        place += matrix.nbytes
+    return True
+
+
+def test_matrices_of_one_input_lie_below_each_other():
+    casts = {}
+    terms, pairs = fused(casts, (3, 5, 2))
+    before = [term.low_rank for term in terms]
+    assert not below(terms)
+    terms[0].lay_above(terms[1:])
+    assert below(terms)
+    for term, (a, b), pair in zip(terms, before, pairs, strict=True):
+        assert torch.equal(term.low_rank[0], a) and term.low_rank[1] is b
+        assert term.low_rank[0].is_contiguous() and a.shape == pair.a.shape
+    places = [term.low_rank[0].data_ptr() for term in terms]
+    terms[0].lay_above(terms[1:])
+    assert places == [term.low_rank[0].data_ptr() for term in terms]
+    # in the next call, too
+    again, _ = fused(casts, (3, 5, 2))
+    assert places == [term.low_rank[0].data_ptr() for term in again]
+
+
+def test_what_has_changed_since_is_made_anew():
+    casts = {}
+    terms, pairs = fused(casts, (3, 5))
+    terms[0].lay_above(terms[1:])
+    own = LowRankRows(Gate())
+    like = torch.empty(OUT, IN, dtype=torch.bfloat16)
+    pairs[1].a.mul_(2)
+    again = [own.term(casts, str(number), pair, like) for number, pair in enumerate(pairs)]
+    assert torch.equal(again[1].low_rank[0], pairs[1].a.bfloat16())
+    assert not below(again)
+    again[0].lay_above(again[1:])
+    assert below(again) and torch.equal(again[1].low_rank[0], pairs[1].a.bfloat16())
+    # what the first call works with, or a capture of it, is as it was
+    assert below(terms) and torch.equal(2 * terms[1].low_rank[0], again[1].low_rank[0])
+
+
+def test_layers_on_a_gpu_ask_for_it(monkeypatch):
+    from cllm.decoding.layers import NativeLayer
+
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    adapter = GatedAdapter.random(model, 4, scale=0.05)
+    native = NativeLayer(layer, 0, None)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(NativeLayer, "on_cpu", on_cpu)
+        with adapter.applied(model) as gate, gate.open(1, 1, 3):
+            terms = [linears._terms[one][0] for one in native.linears]
+            weights, first = native.with_terms(torch.Size([1, 3]))
+            assert first == 1
+            for group in (terms[:3], terms[4:6]):
+                assert below(group) is not on_cpu
+            for term, pair in zip(terms, weights.low_rank, strict=True):
+                assert pair[0] is term.low_rank[0]

@@ -11,9 +11,9 @@ in the first gated forward, by the tensor that they are handed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from ..traits import UnsupportedModelError
 from .gate import Gate
 from .weights import LowRank
+
+if TYPE_CHECKING:
+    from ..linears import Term
 
 Hook = Callable[[torch.nn.Module, Any, Any], None]
 Add = Callable[[Any, Any, tuple[int, int, int]], None]
@@ -77,13 +80,14 @@ class FusedTerm:
         self._name = name
         self._weights = weights
         self._dtype, self._device = like.dtype, like.device
+        self._made_of = (-1, -1)  # versions of the two tensors
 
     @cached_property
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """a [R, in] and b [out, R] of the module's dtype, scale and all; R: the rank, on a GPU
         filled up with zeros to a multiple of 32."""
-        weights, key = self._weights, (self._name, self._dtype, self._device)
-        versions = version(weights.a), version(weights.b)
+        weights, key = self._weights, self._key
+        versions = self._made_of = version(weights.a), version(weights.b)
         known = self._casts.get(key)
         if known is not None and known[0] == versions:
             return known[1]
@@ -97,6 +101,27 @@ class FusedTerm:
         made = pad(a, (0, 0, 0, empty)).contiguous(), pad(b, (0, empty)).contiguous()
         self._casts[key] = versions, made
         return made
+
+    def lay_above(self, others: Sequence[Term]) -> None:
+        """See `cllm.linears.Term`; they stay so for further calls."""
+        terms = [self, *(other for other in others if isinstance(other, FusedTerm))]
+        matrices = [term.low_rank[0] for term in terms]
+        place = matrices[0].data_ptr()
+        for matrix in matrices:
+            if matrix.data_ptr() != place:
+                break
+            place += matrix.nbytes
+        else:  # they are
+            return
+        parts = torch.cat(matrices).split([len(matrix) for matrix in matrices])
+        for term, part in zip(terms, parts, strict=True):
+            made = part, term.low_rank[1]
+            term.__dict__["low_rank"] = made  # the property's value, which captures hold it by
+            term._casts[term._key] = term._made_of, made
+
+    @property
+    def _key(self) -> tuple[str, torch.dtype, torch.device]:
+        return self._name, self._dtype, self._device
 
 
 def version(tensor: Tensor) -> int:

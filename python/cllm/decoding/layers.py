@@ -41,6 +41,8 @@ _LINEARS = (
     ("mlp", "up_proj"),
     ("mlp", "down_proj"),
 )
+# those of them that read the same input
+_SHARED = ((0, 1, 2), (4, 5))
 
 _lock = threading.Lock()
 # layers and final norms whose forward is replaced right now -> by how many calls
@@ -290,6 +292,11 @@ class NativeLayer:
         def norm(module: Any) -> torch.Tensor | None:
             return None if module is None else module.weight.detach()
 
+        if not self.on_cpu:
+            for group in _SHARED:
+                there = [terms[index] for index in group if terms[index] is not None]
+                if len(there) > 1:
+                    there[0].lay_above(there[1:])
         weights: dict[str, Any] = {
             name: linear.weight.detach() for name, linear in zip(LINEARS, self.linears, strict=True)
         }

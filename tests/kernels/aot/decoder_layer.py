@@ -5,11 +5,7 @@ from cllm_kernels.decoder_layer.triton_kernel import (
     rotary_kernel,
     silu_mul_kernel,
 )
-from cllm_kernels.decoder_layer.triton_low_rank import (
-    largest_rank,
-    low_rank_tiles_kernel,
-    tile_shape,
-)
+from cllm_kernels.decoder_layer.triton_low_rank import expand_tiles_kernel, tile_shape
 from tests.kernels.aot import FLOATS
 
 
@@ -32,15 +28,18 @@ def variants():
             {"BLOCK": 1024, "PDL": False},
             {"num_warps": 4, **FUSION},
         )
-        names = ("x_ptr", *(f"{name}{i}_ptr" for name in ("a", "b", "out") for i in range(3)))
-        types = dict.fromkeys(names, f"*{short}")
-        for count, tokens, rank in ((1, 8, 24), (3, 8, 24), (3, 64, largest_rank(dtype))):
-            options = tile_shape(tokens, rank, dtype)
+        names = [name for name in expand_tiles_kernel.arg_names if name.endswith("_ptr")]
+        for count, swiglu, add, tokens in (
+            *((3, False, False, 8), (1, True, False, 16), (1, False, True, 16)),
+            *((3, False, False, 64), (1, True, False, 64)),
+        ):
+            options = tile_shape(tokens, dtype)
             launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
             yield (
-                f"decoder_layer low_rank tiles {short} layers={count} tokens={tokens} rank={rank}",
-                low_rank_tiles_kernel,
-                types,
-                {"COUNT": count, "PDL": False, **options},
+                f"decoder_layer expand tiles {short} layers={count} swiglu={swiglu} add={add} "
+                f"tokens={tokens}",
+                expand_tiles_kernel,
+                dict.fromkeys(names, f"*{short}"),
+                {"COUNT": count, "SWIGLU": swiglu, "HAS_ADD": add, "PDL": False, **options},
                 {**launch, **FUSION},
             )
