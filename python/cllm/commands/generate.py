@@ -29,7 +29,6 @@ from .common import (
     Mode,
     ModelOption,
     ModeOption,
-    SeedOption,
     TemperatureOption,
     ThreadsOption,
     TopKOption,
@@ -105,7 +104,9 @@ def generate(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     min_p: MinPOption = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed of random guesses, and of samples.")
+    ] = 0,
     threads: ThreadsOption = None,
     debug: DebugOption = False,
 ) -> int:

@@ -129,7 +129,8 @@ def train(
         str | None,
         typer.Option(
             "--sampling",
-            help="Noisy states: per_block, uniform, schedule or sliding.  [default: per_block]",
+            help="Noisy states: per_block, uniform, schedule, sliding or visited (of a gated "
+            "adapter).  [default: per_block]",
         ),
     ] = None,
     states: Annotated[
