@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.harness import load, provenance, write_record
 from benchmarks.tasks import read_tasks, token_caps
+from cllm.adapter.peft_format import WEIGHTS, find_folder
 from cllm.bench.comparison import Comparison, NothingToCompare, Plan
 from cllm.bench.contenders import CONTENDERS, EAGER, Setup
 from cllm.bench.tasks import Kept
@@ -48,8 +49,7 @@ def adapter_digest(folder: str | None) -> str | None:
     """Names the adapter's weights: the SHA-256 of their file."""
     if folder is None:
         return None
-    file = Path(folder) / "adapter_model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256((find_folder(folder) / WEIGHTS).read_bytes()).hexdigest()
 
 
 def comparison(options: argparse.Namespace) -> Comparison:
@@ -89,12 +89,19 @@ def decoded(one: Comparison) -> tuple[dict[str, Any], bool]:
     try:
         return one.run(), False
     except KeyboardInterrupt:
+        # not a second time: texts are compared now, which takes a while
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         found = one.finished()
         if not found:
             raise NothingToCompare("it was ended before a task was finished") from None
-        return found, True
+        whole = len(found) == len(one.plan.batches) and all(
+            len(tasks) == len(one.tasks) for tasks in found.values()
+        )
+        return found, not whole
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main() -> None:
@@ -131,6 +138,7 @@ def main() -> None:
     if options.contender and EAGER not in options.contender:
         options.contender.insert(0, EAGER)
     try:
+        digest = adapter_digest(options.adapter)
         one = comparison(options)
         floor = one.floor()
         found, cut_off = decoded(one)
@@ -141,7 +149,7 @@ def main() -> None:
         "model": options.base or "SmolLM2-135M-Instruct",
         "dtype": options.dtype,
         "block_size": options.block_size,
-        "adapter": adapter_digest(options.adapter),
+        "adapter": digest,
         "rounds": options.rounds,
         "floor": floor,
         "absent": one.failures,

@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self):
         self.captures = self.replays = 0
 
-    def capture(self, run):
+    def capture(self, run, pool=None):
         run()  # as before a real capture, where kernels are compiled
         given = run()
         self.captures += 1
@@ -52,6 +52,7 @@ def recorder(monkeypatch):
     found.prefills = Recorder()
     monkeypatch.setattr(graphs, "capture", found.capture)
     monkeypatch.setattr(prefill, "capture", found.prefills.capture)
+    monkeypatch.setattr(prefill, "new_pool", object)
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     # as on a GPU: no layer of native code, and places made of lengths that are on the device
     monkeypatch.setattr(forward, "native_devices", set())

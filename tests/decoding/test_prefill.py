@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.utils import import_utils
 
 import cllm
-from cllm.decoding import forward, graphs, prefill, shelf
+from cllm.decoding import attention, forward, graphs, prefill, shelf
 from cllm.decoding.forward import BlockForward, choose_layout
 from cllm.decoding.support import check_model
 
@@ -88,11 +90,15 @@ def test_nobody_asked(played):  # noqa: F811
 
 
 def test_what_cannot_be_captured_costs_no_other_graph(recorder, monkeypatch, caplog):  # noqa: F811
-    def fails(run):
+    tried = []
+
+    def fails(run, pool):
+        tried.append(pool)
         run()
         raise RuntimeError("operation not permitted")
 
     monkeypatch.setattr(prefill, "capture", fails)
+    monkeypatch.setattr(prefill, "MOST_KEPT", 1)
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
     expected = greedy(model, inputs, max_new_tokens=20)
     with caplog.at_level(logging.INFO, logger="cllm"), warnings.catch_warnings():
@@ -103,10 +109,17 @@ def test_what_cannot_be_captured_costs_no_other_graph(recorder, monkeypatch, cap
     told = [one for one in caplog.messages if "over prompts of [2, 64] tokens" in one]
     assert len(told) == 1 and "operation not permitted" in told[0]
     assert recorder.captures == 1 and recorder.replays > 3
+    # others do not make it forget that
+    for length in (70, 140, 9):
+        graphed(model, prompts([length, 4]), max_new_tokens=20)
+    assert len(tried) == 3
 
 
 def test_no_memory_for_it(recorder, monkeypatch):  # noqa: F811
-    def short(run):
+    tried = []
+
+    def short(run, pool):
+        tried.append(pool)
         raise torch.OutOfMemoryError("no memory")
 
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
@@ -117,6 +130,65 @@ def test_no_memory_for_it(recorder, monkeypatch):  # noqa: F811
     assert torch.equal(found.sequences, greedy(model, inputs, max_new_tokens=20))
     # those of the other shape made room, and this one's iterations are captured
     assert len(shelf._kept[model]) == 1 and recorder.captures == 2
+    for length in (9, 70):  # nothing is put out again for it
+        graphed(model, prompts([length, 4]), max_new_tokens=20)
+    assert len(tried) == 1 and recorder.captures == 2
+
+
+def test_widths_that_take_turns_are_not_captured_in_every_call(monkeypatch):
+    monkeypatch.setattr(prefill, "MOST_KEPT", 2)
+    made = []
+    found = prefill.Prefills()
+
+    def find(width, asked=False):
+        return found.find(
+            width, lambda: made.append(width) or SimpleNamespace(nbytes=1), asked=asked
+        )
+
+    for _ in range(5):
+        for width in (64, 128, 192):
+            find(width)
+    assert made == [64, 128]
+    assert find(192) is not None and made == [64, 128, 192]  # twice, and 64 not meanwhile
+    assert find(128) is not None and find(64) is None
+    assert find(64, asked=True) is not None and made == [64, 128, 192, 64]
+    assert found.nbytes == 2
+    found.clear()
+    assert found.nbytes == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_captured_prompt_has_the_mask_of_any_other(family, monkeypatch):
+    """transformers up to 5.17 leaves no mask to the kernel while a stream is captured."""
+    model, seen = tiny_model(family), []
+    own = attention.sdpa_attention_forward
+
+    def watched(module, query, key, value, mask, **options):
+        seen.append(None if mask is None else tuple(mask.shape))
+        return own(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    masks = attention.cllm_attention_forward
+    traits, ids = check_model(model), torch.arange(3, 12)[None]
+    assert masks is not None
+    layout = forward.Layout(False, "folded")
+    found = []
+    for capturing in (False, True):
+        monkeypatch.setattr(attention, "_capturing", lambda capturing=capturing: capturing)
+        if capturing:
+            monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        seen.clear()
+        block = BlockForward(
+            model, traits, batch=1, slots=32, device=ids.device, position_limit=None, layout=layout
+        )
+        with torch.no_grad(), layout.applied(model):
+            block.prefill(ids, torch.tensor([9]))
+        found.append((list(seen), [one.stored() for one in block.cache.layers]))
+    assert found[0][0] == found[1][0]
+    if family == "llama":
+        assert found[0][0] == [None] * 3
+    for plain, captured in zip(found[0][1], found[1][1], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(plain, captured, strict=True))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -160,8 +232,8 @@ def test_only_forwards_of_fixed_shapes_are_padded(monkeypatch):
 def test_captured_on_a_gpu(family, monkeypatch):
     captures, own = [], prefill.capture
 
-    def count(run):
-        given = own(run)
+    def count(run, pool):
+        given = own(run, pool)
         captures.append(run)
         return given
 
@@ -185,10 +257,35 @@ def test_captured_on_a_gpu(family, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_first_call_gives_the_later_ones_bits_on_a_gpu(monkeypatch):
     captures, own = [], prefill.capture
-    monkeypatch.setattr(prefill, "capture", lambda run: captures.append(run) or own(run))
+    monkeypatch.setattr(
+        prefill, "capture", lambda run, pool: captures.append(run) or own(run, pool)
+    )
     model = copy.deepcopy(tiny_model("llama", torch.bfloat16)).cuda()
     inputs = {name: one.cuda() for name, one in prompts([50, 4, 17]).items()}
     texts = [
         cllm.generate(model, **inputs, block_size=6, max_new_tokens=120).tolist() for _ in range(4)
     ]
     assert all(text == texts[0] for text in texts) and len(captures) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_captured_prompt_leaves_the_same_keys_and_values_on_a_gpu(family, dtype):
+    model = copy.deepcopy(tiny_model(family, dtype)).cuda()
+    traits = check_model(model)
+    inputs = [prompts([length])["input_ids"].cuda() for length in (50, 60, 130, 70)]
+    layout = choose_layout(model, traits, inputs[0][0], 4)
+    shape = dict(batch=1, slots=512, device=inputs[0].device, position_limit=None, layout=layout)
+    plain = BlockForward(model, traits, **shape, fixed=True)
+    captured = graphs.GraphedForward(model, traits, **shape)
+    with torch.no_grad(), layout.applied(model):
+        for ids in inputs:
+            length = ids.shape[1]
+            for one in (plain, captured):
+                one.prefill(ids, torch.tensor([length], device=ids.device))
+            for mine, theirs in zip(plain.cache.layers, captured.cache.layers, strict=True):
+                for a, b in zip(mine.stored(), theirs.stored(), strict=True):
+                    assert torch.equal(a[:, :length], b[:, :length])
+    assert len(captured.prefills._made) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_models_say_how_many_layers_they_have():
         assert storage.whole is not None
         storage.take("keys", states, 4)
         assert storage.whole is None
+
+
+def test_who_shares_keys_and_values_has_none_of_its_own():
+    def model(devices=("cpu",), **config):
+        text = SimpleNamespace(num_hidden_layers=4, **config)
+        return SimpleNamespace(
+            config=SimpleNamespace(get_text_config=lambda: text),
+            parameters=lambda: [torch.empty(1, device=device) for device in devices],
+        )
+
+    assert storage_for(model())._layers == 4
+    assert storage_for(model(num_kv_shared_layers=3))._layers == 1
+    # one device would hold the layers of all
+    assert storage_for(model(devices=("cpu", "meta"))) is None
+    unknown = model()
+    del unknown.config.get_text_config().num_hidden_layers
+    assert storage_for(unknown) is None
 
 
 def test_a_captured_call_moves_all_layers_at_once(recorder, monkeypatch):  # noqa: F811

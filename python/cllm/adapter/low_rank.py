@@ -106,9 +106,10 @@ class FusedTerm:
         """See `cllm.linears.Term`; they stay so for further calls."""
         terms = [self, *(other for other in others if isinstance(other, FusedTerm))]
         matrices = [term.low_rank[0] for term in terms]
-        place = matrices[0].data_ptr()
+        place, memory = matrices[0].data_ptr(), matrices[0].untyped_storage().data_ptr()
         for matrix in matrices:
-            if matrix.data_ptr() != place:
+            # neighbours by chance are none
+            if matrix.data_ptr() != place or matrix.untyped_storage().data_ptr() != memory:
                 break
             place += matrix.nbytes
         else:  # they are

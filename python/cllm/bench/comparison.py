@@ -170,6 +170,9 @@ class Comparison:
                     starting = {name: pool.submit(start, name) for name in early}
                     started = {name: future.result() for name, future in starting.items()}
                     decoded.result()
+            else:  # before anything is timed, and while the memory is there
+                for task in self.tasks:
+                    self.references(task)
             for name in plan.contenders:
                 one = started.pop(name, None) or start(name)
                 if one.absent is None:

@@ -181,8 +181,22 @@ def _folded_mask(mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.T
     return folded
 
 
+def cllm_mask(**given: Any) -> torch.Tensor | None:
+    """transformers' mask for SDPA, the same in a captured forward as in any other: up to 5.17 the
+    causal mask of a prompt is left to the kernel unless a stream is being captured, and what reads
+    the mask rounds otherwise."""
+    length, local = given["kv_length"], given.get("local_size")
+    causal = given.get("allow_is_causal_skip", True) and given.get("attention_mask") is None
+    left_out = causal and given["q_length"] == length and (local is None or length < local)
+    return None if left_out and _capturing() else sdpa_mask(**given)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 AttentionInterface.register(NAME, cllm_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, cllm_mask)
 
 
 def chosen_implementation(config: Any) -> str | None:

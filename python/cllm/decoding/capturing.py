@@ -17,8 +17,12 @@ _capturing = threading.Lock()
 _broken: list[Any] = []
 
 
-def capture(run: Callable[[], torch.Tensor]) -> Capture:
+def capture(run: Callable[[], torch.Tensor], pool: Any = None) -> Capture:
     """The result of `run`, and what computes it anew in the same place.
+
+    Args:
+        pool: of `new_pool`, for captures that are never replayed at once and whose results nobody
+            reads behind another one's replay; None: memory of its own.
 
     Raises:
         RuntimeError: `run` does what cannot be captured, or memory is short.
@@ -30,7 +34,7 @@ def capture(run: Callable[[], torch.Tensor]) -> Capture:
             for _ in range(_WARM_UP):  # kernels are compiled
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, pool = torch.cuda.CUDAGraph(), new_pool() if pool is None else pool
         # puts the stream back, which torch leaves where a capture fails
         same = torch.cuda.stream(torch.cuda.current_stream())
         try:
@@ -40,6 +44,11 @@ def capture(run: Callable[[], torch.Tensor]) -> Capture:
             _mend(graph, pool)
             raise
     return given, graph.replay
+
+
+def new_pool() -> Any:
+    """Memory for captures."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _graph(graph: Any, pool: Any) -> AbstractContextManager[None]:

@@ -151,8 +151,10 @@ class BlockForward:
 
     def prefill_width(self, input_ids: torch.Tensor) -> int | None:
         """That prompts [B, P] are padded to, so that there are few shapes; None: they are not."""
-        # without positions of its own a model would count on behind the last one that it has
-        if not (self.fixed and self.traits.takes_positions) or self.plan.right_aligned:
+        # without positions of its own a model would count on behind the last one that it has, and
+        # without a choice of logits make those of all tokens
+        chosen = self.traits.takes_positions and self.traits.takes_logits_to_keep
+        if not (self.fixed and chosen) or self.plan.right_aligned:
             return None
         batch, width = input_ids.shape
         return padded_width(batch, width, self.weights)

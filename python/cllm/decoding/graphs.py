@@ -27,7 +27,6 @@ import torch
 
 from ..adapter import low_rank
 from ..linears import _terms
-from . import prefill
 from .cache import VIEW_STEP, round_up
 from .capturing import Capture, capture, on_device, short_of_memory
 from .forward import BlockForward, Layout
@@ -100,7 +99,7 @@ class GraphedForward(BlockForward):
     Attributes:
         by_window: a window is captured at its first forward and replayed from then on; False while
             whole iterations are captured, or could not be.
-        by_prefill: prefills are captured; False: this one's are few.
+        by_prefill: prefills are captured; False: this one's are few, or memory ran out over one.
         prefills: captured.
         iterations: those captured, by what is fixed in them; None: it could not be captured, and
             whoever asked was told.
@@ -150,7 +149,7 @@ class GraphedForward(BlockForward):
                 return own[1]
 
             return self.attempt(
-                lambda: Captured(*own, *self.captured(run, prefill.capture)),
+                lambda: Captured(*own, *self.captured(run, self.prefills.capture)),
                 f"forward over prompts of {list(own[0].shape)} tokens",
                 alone=True,
             )
@@ -262,6 +261,7 @@ class GraphedForward(BlockForward):
             self.iterations.clear()
             self.windows.clear()
             self.prefills.clear()
+            self.by_prefill = self.by_prefill and not alone
             let_go(self.model)
         if not alone:
             made = (*self.iterations.values(), *self.windows.values())

@@ -45,9 +45,13 @@ class Storage:
 
 
 def storage_for(model: Any) -> Storage | None:
-    """For the layers that the configuration of `model` names; None where it names none."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return Storage(layers) if isinstance(layers, int) else None
+    """For the layers of `model` that have keys and values of their own, by its configuration; None
+    where that does not tell, or where layers are on several devices."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or len({one.device for one in model.parameters()}) > 1:
+        return None
+    return Storage(layers - (getattr(config, "num_kv_shared_layers", None) or 0))
 
 
 def moved(storage: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
