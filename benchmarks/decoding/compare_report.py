@@ -1,4 +1,5 @@
-"""Writes the records of compare.py into docs/performance.md, with figures 5 and 6.
+"""Writes the records of compare.py into docs/performance.md, with figures 5 and 6, and the README's
+table.
 
     python benchmarks/decoding/compare_report.py
 
@@ -19,9 +20,12 @@ from benchmarks.harness import RESULTS, rewrite
 from benchmarks.pages import ratio, rounds, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
-MARKERS = tuple(
-    f"<!-- decoding: {text} -->"
-    for text in ("begin (written by benchmarks/decoding/compare_report.py)", "end")
+MARKERS, README_MARKERS = (
+    tuple(
+        f"<!-- {name}: {text} -->"
+        for text in ("begin (written by benchmarks/decoding/compare_report.py)", "end")
+    )
+    for name in ("decoding", "speed")
 )
 NAMES = ("compare_bfloat16", "compare_float32", "compare_float16", "compare_batches_bfloat16")
 # Kou et al. 2024, arXiv 2403.00835: times one-token decoding of the same 7B weights, one A100 of
@@ -32,6 +36,28 @@ PAPER = {
     "spider": {"CLLM": 3.4, "Medusa-2": 2.7},
     "mt_bench": {"CLLM": 2.4, "Medusa-2": 2.7},
 }
+# What the README shows of each dtype, and under which name.
+DEFAULT = "cllm, looked up, pool"
+README_ROWS = {
+    "bfloat16": {
+        "HuggingFace, compiled, static cache": "HuggingFace, static cache, compiled",
+        "HuggingFace, prompt lookup": "HuggingFace, prompt lookup",
+        "flashspec, prompt lookup": "flashspec, prompt lookup",
+        "cllm, one token a forward": "cllm, one token",
+        "cllm, `block_size=4`": DEFAULT,
+        'cllm, `block_size="auto"`': "cllm, automatic",
+        "cllm, `block_size=4`, 2 candidates": "cllm, looked up, pool, tree",
+        "cllm, `block_size=4`, gated adapter": "cllm, adapter, looked up",
+        'cllm, `block_size="auto"`, gated adapter': "cllm, adapter, automatic",
+    },
+    "float32": {
+        "HuggingFace, compiled, static cache": "HuggingFace, static cache, compiled",
+        "cllm, `block_size=4`": DEFAULT,
+        "cllm, `block_size=4`, gated adapter": "cllm, adapter, looked up",
+        'cllm, `block_size="auto"`, gated adapter': "cllm, adapter, automatic",
+    },
+}
+TASKS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "spider": "Spider", "mt_bench": "MT-bench"}
 _MIB = 2**20
 _OURS, _THEIRS = "#0b6e4f", "#9aa5b1"
 
@@ -39,6 +65,30 @@ _OURS, _THEIRS = "#0b6e4f", "#9aa5b1"
 def contenders(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name to figures, in the order of the record."""
     return {name: value for name, value in task.items() if isinstance(value, dict)}
+
+
+def readme_section(results: Path) -> str:
+    """The README's table, of the CPU records at batch 1."""
+    tasks: list[str] = []
+    rows = []
+    for dtype, names in README_ROWS.items():
+        path = results / "cpu" / f"compare_{dtype}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())["batches"]["1"]
+        tasks = tasks or list(found)
+        short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+        there = {label: name for label, name in names.items()
+                 if all(name in found.get(task, {}) for task in tasks)}  # fmt: skip
+        for place, (label, name) in enumerate(there.items()):
+            mark = "**" if name == DEFAULT else ""
+            cells = [found[task][name]["ratio"]["median"] for task in tasks]
+            first = f"{short}: {label}" if place == 0 else label
+            rows.append([f"{mark}{first}{mark}", *(f"{mark}{cell:.2f} x{mark}" for cell in cells)])
+    if not rows:
+        return "Nothing has been recorded yet."
+    lines = table(["", *(TASKS.get(task, task) for task in tasks)], rows)
+    return "\n".join(lines).rstrip()
 
 
 def records(results: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -254,9 +304,10 @@ def _colour(name: str) -> str:
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    page = docs / "performance.md"
+    page, readme = docs / "performance.md", docs.parent / "README.md"
     page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
-    print(page)
+    readme.write_text(rewrite(readme.read_text(), *README_MARKERS, readme_section(results)))
+    print(page, readme)
     for folder, name, found in records(results):
         draw_bars(found, docs / f"decoding_{picture(folder, name)}.png")
         draw_memory(found, docs / f"decoding_memory_{picture(folder, name)}.png")

@@ -59,7 +59,10 @@ def test_compare(run, base, tasks, results, tmp_path, monkeypatch):
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "performance.md").write_text("\n".join(("above", *compare_report.MARKERS, "below")))
+    (tmp_path / "README.md").write_text("\n".join(("over", *compare_report.README_MARKERS)))
     compare_report.main(results, docs)
+    readme = (tmp_path / "README.md").read_text()
+    assert "|  | sums |" in readme and "| fp32: " in readme and "gated adapter | " in readme
     page = (docs / "performance.md").read_text()
     assert page.startswith("above") and "| sums | cllm, adapter, looked up |" in page
     assert "- HuggingFace, draft model: no draft model was given (--draft)." in page
@@ -73,3 +76,7 @@ def test_the_page_is_that_of_the_records():
     begin, end = compare_report.MARKERS
     written = page.split(begin)[1].split(end)[0].strip("\n")
     assert written == compare_report.section(compare_report.RESULTS)
+    readme = (compare_report.DOCS.parent / "README.md").read_text()
+    begin, end = compare_report.README_MARKERS
+    written = readme.split(begin)[1].split(end)[0].strip("\n")
+    assert written == compare_report.readme_section(compare_report.RESULTS)

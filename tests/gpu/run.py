@@ -67,14 +67,20 @@ def built() -> dict[str, Any]:
 
     info = ask()
     if info["loaded"] and info["cuda"]:
-        return info
+        return _named(info)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         return {**info, "build_failure": (done.stderr or done.stdout).strip()[-600:]}
-    return ask()
+    return _named(ask())
+
+
+def _named(info: dict[str, Any]) -> dict[str, Any]:
+    """With the compiler's name instead of where it lies on this machine."""
+    compiler = info.get("compiler")
+    return info | ({"compiler": Path(compiler).name} if compiler else {})
 
 
 def run_tests(scratch: Path) -> dict[str, Any]:
