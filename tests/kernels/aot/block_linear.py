@@ -11,12 +11,14 @@ KINDS += [(1, True, False, False, False, False), (3, False, True, False, False, 
 KINDS += [(3, False, False, True, False, True), (1, False, False, False, False, True)]
 # rows, columns, inputs: each size and length of layer, with few rows and with many
 SHAPES = [(1, 4096, 4096), (64, 4096, 4096), (64, 576, 576)]
+MORE = [(1, 4096, 4096), (64, 4096, 4096), (64, 576, 1536)]
 LONG = [(16, 4096, 11008), (64, 4096, 11008), (16, 576, 1536), (64, 576, 1536)]
 
 
 def variants():
     for count, swiglu, turned, bias, add, more in KINDS:
-        for rows, columns, width in SHAPES if swiglu or turned else SHAPES + LONG:
+        shapes = SHAPES if swiglu or turned else MORE if more else SHAPES + LONG
+        for rows, columns, width in shapes:
             shape = tile_shape(
                 *(rows, columns, width), swiglu=swiglu, turned=turned, shared=99 * 1024
             )
