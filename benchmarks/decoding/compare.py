@@ -12,9 +12,9 @@ time in which this machine reads the weights once.
         --work runs/compare --record cpu
     python benchmarks/decoding/compare_report.py
 
-Finished batches are kept in --work, so that an interrupted run goes on where it was; the record is
-then of the tasks that were finished. A contender
-that fails is named with its reason, and the others go on.
+Finished batches are kept in --work, so that an interrupted run goes on where it was; until it does,
+its record is that of the tasks it had finished. A contender that fails is named with its reason,
+and the others go on.
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ def decoded(one: Comparison) -> tuple[dict[str, Any], bool]:
     def end(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, end)
     try:
         return one.run(), False
     except KeyboardInterrupt:
         # not a second time: texts are compared now, which takes a while
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in before:
             signal.signal(number, signal.SIG_IGN)
         found = one.finished()
         if not found:
@@ -100,8 +101,8 @@ def decoded(one: Comparison) -> tuple[dict[str, Any], bool]:
         )
         return found, not whole
     finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from cllm_kernels._triton import FUSION, await_inputs, chained
 from cllm_kernels.block_linear.triton_kernel import silu_mul
-
-LowRank = tuple[Tensor, Tensor]
+from cllm_kernels.decoder_layer.weights import LowRank, below_each_other
 
 _BLOCK_OUT = 64
 _BLOCK_RANK = 32
@@ -51,19 +50,15 @@ def gather(pairs: Sequence[LowRank | None]) -> Terms | None:
         for pair, rank in zip(pairs, ranks, strict=True)
     )
     begins = tuple(sum(ranks[:index]) for index in range(len(ranks)))
-    return Terms(below_each_other([a for a, _ in there]), b, begins)
+    return Terms(one_of([a for a, _ in there]), b, begins)
 
 
-def below_each_other(matrices: Sequence[Tensor]) -> Tensor:
+def one_of(matrices: Sequence[Tensor]) -> Tensor:
     """[sum of rows, width] of matrices [rows, width], contiguous; a copy unless they are so in
     memory."""
-    first = matrices[0]
-    place, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for matrix in matrices:
-        if matrix.data_ptr() != place or matrix.untyped_storage().data_ptr() != storage:
-            return torch.cat(list(matrices))
-        place += matrix.nbytes
-    width = first.shape[1]
+    if not below_each_other(matrices):
+        return torch.cat(list(matrices))
+    first, width = matrices[0], matrices[0].shape[1]
     return first.as_strided((sum(len(matrix) for matrix in matrices), width), (width, 1))
 
 

@@ -189,6 +189,17 @@ class DecoderWeights:
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
+def below_each_other(matrices: Sequence[Tensor]) -> bool:
+    """Whether contiguous matrices [rows, width] are one such matrix in memory."""
+    place, storage = matrices[0].data_ptr(), matrices[0].untyped_storage().data_ptr()
+    for matrix in matrices:
+        # neighbours by chance are none
+        if matrix.data_ptr() != place or matrix.untyped_storage().data_ptr() != storage:
+            return False
+        place += matrix.nbytes
+    return True
+
+
 def plain_tensors(weights: DecoderWeights) -> list[torch.Tensor | None]:
     """All of `weights` in one list: what a dispatcher that knows no classes can carry."""
     tensors: list[Tensor | None] = [*weights.linears, *weights.biases]

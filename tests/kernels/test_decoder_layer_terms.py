@@ -122,16 +122,16 @@ def test_what_is_below_each_other():
     triton_low_rank = pytest.importorskip("cllm_kernels.decoder_layer.triton_low_rank")
     whole = torch.arange(60.0).view(10, 6)
     first, second, third = whole.split([3, 1, 6])
-    found = triton_low_rank.below_each_other([first, second, third])
+    found = triton_low_rank.one_of([first, second, third])
     assert found.data_ptr() == whole.data_ptr() and torch.equal(found, whole)
-    assert triton_low_rank.below_each_other([second]).data_ptr() == second.data_ptr()
+    assert triton_low_rank.one_of([second]).data_ptr() == second.data_ptr()
     for parts in ([second, first], [first, third], [first, second.clone(), third]):
-        found = triton_low_rank.below_each_other(parts)
+        found = triton_low_rank.one_of(parts)
         assert torch.equal(found, torch.cat(parts)) and found.data_ptr() != whole.data_ptr()
     # neighbours by chance are not one tensor
     other = torch.empty(0)
     other.set_(whole.untyped_storage(), 18, (1, 6), (6, 1))
-    assert triton_low_rank.below_each_other([first, other]).data_ptr() == whole.data_ptr()
+    assert triton_low_rank.one_of([first, other]).data_ptr() == whole.data_ptr()
 
 
 def test_layers_without_terms_are_left_out():

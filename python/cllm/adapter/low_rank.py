@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cllm_kernels.decoder_layer.weights import below_each_other
+
 from ..traits import UnsupportedModelError
 from .gate import Gate
 from .weights import LowRank
@@ -106,13 +108,7 @@ class FusedTerm:
         """See `cllm.linears.Term`; they stay so for further calls."""
         terms = [self, *(other for other in others if isinstance(other, FusedTerm))]
         matrices = [term.low_rank[0] for term in terms]
-        place, memory = matrices[0].data_ptr(), matrices[0].untyped_storage().data_ptr()
-        for matrix in matrices:
-            # neighbours by chance are none
-            if matrix.data_ptr() != place or matrix.untyped_storage().data_ptr() != memory:
-                break
-            place += matrix.nbytes
-        else:  # they are
+        if below_each_other(matrices):
             return
         parts = torch.cat(matrices).split([len(matrix) for matrix in matrices])
         for term, part in zip(terms, parts, strict=True):

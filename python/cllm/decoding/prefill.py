@@ -43,6 +43,8 @@ def padded_width(batch: int, width: int, weights: int) -> int | None:
 def padded(input_ids: torch.Tensor, width: int) -> torch.Tensor:
     """[B, width], each prompt's first token behind the prompts [B, P]."""
     batch, length = input_ids.shape
+    if width == length:
+        return input_ids
     return torch.cat([input_ids, input_ids[:, :1].expand(batch, width - length)], dim=1)
 
 
