@@ -232,3 +232,47 @@ def test_an_automatic_block_size_gives_the_same_rows(run, batch, whole, tmp_path
     assert result.code == 2 and "'many' is neither an integer >= 1 nor auto" in result.err
     result = run(*batch, "--block-size", "auto", "--mode", "block")
     assert result.code == 2 and "--block-size auto needs --mode sliding" in result.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--no-pool",), ("--pool", "--lookup", 0), ("--candidates", 3), ("--compile", "off")],
+)
+def test_where_guesses_come_from_changes_no_row(run, batch, whole, tmp_path, options):
+    result = run(*batch, *options, "--output", tmp_path / "rows.jsonl")
+    assert result.code == 0, result.err
+    found = [row["token_ids"] for row in read_rows(tmp_path / "rows.jsonl")]
+    assert found == [row["token_ids"] for row in whole]
+
+
+def test_the_options_of_guesses_reach_the_decoder(run, batch, monkeypatch):
+    seen = []
+
+    def decode(self, members, streamer=None):
+        seen.append(self._config)
+        raise MemoryError("seen")
+
+    monkeypatch.setattr(generate._Run, "_decode", decode)
+    run(*batch, "--no-pool", "--candidates", 3, "--compile", "off")
+    run(*batch)
+    given = [(config.pool, config.candidates, config.compile) for config in seen]
+    assert given == [(False, 3, "off"), (None, 1, None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--pool", "--mode", "block"), "--pool needs --mode sliding"),
+        (("--candidates", 2, "--mode", "block"), "--candidates 2 needs --mode sliding"),
+        (("--candidates", 2, "--block-size", "auto"), "leave it or --candidates 2"),
+        (
+            ("--candidates", 2, "--adapter", "x", "--verify-size", 2),
+            "--candidates 2 are all checked whole; leave --verify-size out",
+        ),
+        (("--compile", "graph"), "compile='graph' needs a CUDA device"),
+        (("--compile", "inductor"), "graph"),
+    ],
+)
+def test_options_of_guesses_that_do_not_fit(run, batch, options, message):
+    result = run(*batch, *options)
+    assert result.code == 2 and message in result.error

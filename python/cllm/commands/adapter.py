@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import CommandError, DebugOption, Dtype, ModelOption, diagnostics, load
+from .common import CommandError, diagnostics, load
+from .options import DebugOption, Dtype, ModelOption
 
 app = typer.Typer(
     help="Gated adapters: average checkpoints, make one ready to be given away.",

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .chosen import given_adapter, shipped_for
-from .common import (
-    CommandError,
+from .common import CommandError, choose_prompts, diagnostics, load, writable_folder, write_json
+from .options import (
     DebugOption,
     DeviceOption,
     Dtype,
@@ -24,11 +24,6 @@ from .common import (
     PromptsOption,
     ShippedAdapterOption,
     ThreadsOption,
-    choose_prompts,
-    diagnostics,
-    load,
-    writable_folder,
-    write_json,
 )
 
 _TASK = "prompts"

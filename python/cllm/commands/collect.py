@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import (
+from .common import CommandError, diagnostics, load, writable_folder
+from .options import (
     BlockSizeOption,
-    CommandError,
     DebugOption,
     DeviceOption,
     Dtype,
@@ -22,9 +22,6 @@ from .common import (
     ModelOption,
     SeedOption,
     ThreadsOption,
-    diagnostics,
-    load,
-    writable_folder,
 )
 from .recipes import config_option
 

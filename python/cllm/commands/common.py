@@ -1,4 +1,4 @@
-"""What the subcommands share: options, the terminal, errors for people, loading with a spinner."""
+"""What the subcommands share: the terminal, errors for people, loading with a spinner."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
+from .options import SHIPPED_PROMPTS, Compile, Dtype, Fill, Mode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,163 +26,6 @@ class CommandError(Exception):
 
 class CommandInterrupted(Exception):
     """Interrupted by the user, with a line on what was kept; exit code 130."""
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Mode(StrEnum):
-    sliding = "sliding"
-    block = "block"
-
-
-class Fill(StrEnum):
-    prompt = "prompt"
-    last = "last"
-    random = "random"
-    pad = "pad"
-
-
-def _set_debug(value: bool) -> bool:
-    if value:
-        os.environ["CLLM_DEBUG"] = "1"
-    return value
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH_OR_HUB_ID",
-        help="Model folder or hub id.  [default: SmolLM2-135M-Instruct]",
-        show_default=False,
-    ),
-]
-# of the prompts that ship with the package, where none are given
-_SHIPPED_PROMPTS = 4
-PromptOption = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", help="A prompt of your own; may be given several times."),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="FILE.jsonl", help='One {"prompt": "..."} a line.'),
-]
-PromptLimitOption = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        min=1,
-        help=f"Use the first N prompts.  [default: {_SHIPPED_PROMPTS} of the 40 that ship with "
-        "the package, all of your own]",
-    ),
-]
-MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate for a prompt.")
-]
-BlockSizeOption = Annotated[
-    int, typer.Option("--block-size", min=1, help="n: tokens guessed and checked in one forward.")
-]
-
-
-def _block_size(given: str | int) -> int | str:
-    text = str(given)  # the default comes as it is
-    if text == "auto" or (text.isdecimal() and int(text) >= 1):
-        return text if text == "auto" else int(text)
-    raise typer.BadParameter(f"{text!r} is neither an integer >= 1 nor auto")
-
-
-AutoBlockSizeOption = Annotated[
-    Any,
-    typer.Option(
-        "--block-size",
-        parser=_block_size,
-        metavar="N|auto",
-        help="n: tokens guessed and checked in one forward; auto: what should be fastest here.  "
-        "[default: 4 on a CPU, fewer in batches; else 16]",
-    ),
-]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="Precision of the weights and activations.")
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto (CUDA where there is one), cpu, cuda, cuda:N.")
-]
-AdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        metavar="PATH_OR_HUB_ID",
-        help="Gated adapter: makes the guesses, and the text stays the model's own.",
-        show_default=False,
-    ),
-]
-ShippedAdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        metavar="PATH_OR_HUB_ID",
-        help="Gated adapter: makes the guesses, and the text stays the model's own.  [default: "
-        "the one that ships with the package for this model, if there is one]",
-        show_default=False,
-    ),
-]
-VerifySizeOption = Annotated[
-    int | None,
-    typer.Option(
-        "--verify-size",
-        min=1,
-        help="With --adapter: tokens of the window that the model checks.  [default: all]",
-        show_default=False,
-    ),
-]
-LookupOption = Annotated[
-    int | None,
-    typer.Option(
-        "--lookup",
-        min=0,
-        help="Most tokens of the text's end that are looked up in it for guesses; 0: none.  "
-        "[default: 3; 0 with --mode block]",
-        show_default=False,
-    ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random guesses.")]
-_SAMPLING = "Sampling (any of these instead of the most likely token)"
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option("--temperature", help="Above 0.  [default: 1]", rich_help_panel=_SAMPLING),
-]
-TopKOption = Annotated[
-    int | None,
-    typer.Option("--top-k", min=1, help="Of the K most likely.", rich_help_panel=_SAMPLING),
-]
-TopPOption = Annotated[
-    float | None,
-    typer.Option("--top-p", help="Of the most likely, P in all.", rich_help_panel=_SAMPLING),
-]
-MinPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p", help="Of those with P times the best one's.", rich_help_panel=_SAMPLING
-    ),
-]
-ModeOption = Annotated[
-    Mode, typer.Option("--mode", help="sliding window, or the paper's block by block.")
-]
-FillOption = Annotated[
-    Fill, typer.Option("--fill", help="Where a guess comes from when nothing better is known.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="CPU threads for torch.  [default: torch's choice]"),
-]
-DebugOption = Annotated[
-    bool,
-    typer.Option("--debug", callback=_set_debug, help="Show tracebacks of errors."),
-]
 
 
 def diagnostics() -> Console:
@@ -209,16 +51,32 @@ def decoding_config(
     record: bool = False,
     verify_size: int | None = None,
     lookup: int | None = None,
+    pool: bool | None = None,
+    candidates: int = 1,
+    compile: Compile | None = None,
 ) -> JacobiConfig:
     """The options as a validated `JacobiConfig`."""
     from ..decoding import JacobiConfig
 
-    if lookup and mode is Mode.block:
-        raise CommandError(f"--lookup {lookup} needs --mode sliding: a block keeps its own guesses")
-    if block_size == "auto" and mode is Mode.block:
-        raise CommandError("--block-size auto needs --mode sliding")
+    if mode is Mode.block:
+        sliding = {
+            f"--lookup {lookup}": bool(lookup),
+            "--pool": bool(pool),
+            f"--candidates {candidates}": candidates > 1,
+            "--block-size auto": block_size == "auto",
+        }
+        for option in (name for name, given in sliding.items() if given):
+            raise CommandError(f"{option} needs --mode sliding: a block keeps its own guesses")
     if block_size == "auto" and verify_size is not None:
         raise CommandError("--block-size auto chooses the verify size, too; leave --verify-size")
+    if block_size == "auto" and candidates > 1:
+        raise CommandError(
+            f"--block-size auto times single windows; leave it or --candidates {candidates}"
+        )
+    if candidates > 1 and verify_size is not None:
+        raise CommandError(
+            f"--candidates {candidates} are all checked whole; leave --verify-size out"
+        )
     return JacobiConfig(
         block_size=block_size,
         mode=mode.value,
@@ -227,6 +85,9 @@ def decoding_config(
         record_trajectories=record,
         verify_size=verify_size,
         lookup=lookup,
+        pool=pool,
+        candidates=candidates,
+        compile=None if compile is None else compile.value,
     )
 
 
@@ -308,7 +169,7 @@ def choose_prompts(given: list[str] | None, file: Path | None, limit: int | None
     elif file:
         chosen = read_prompts(file)
     else:
-        chosen, limit = shipped_prompts(), limit or _SHIPPED_PROMPTS
+        chosen, limit = shipped_prompts(), limit or SHIPPED_PROMPTS
     return chosen[:limit]
 
 

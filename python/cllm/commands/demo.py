@@ -11,6 +11,14 @@ import typer
 from .chosen import DEFAULT_BLOCK_SIZE, ChosenAdapter, given_adapter, shipped_for, sizes
 from .common import (
     CommandError,
+    choose_prompts,
+    decoding_config,
+    diagnostics,
+    load,
+    writable_folder,
+    write_json,
+)
+from .options import (
     DebugOption,
     DeviceOption,
     Dtype,
@@ -28,12 +36,6 @@ from .common import (
     SeedOption,
     ShippedAdapterOption,
     ThreadsOption,
-    choose_prompts,
-    decoding_config,
-    diagnostics,
-    load,
-    writable_folder,
-    write_json,
 )
 
 if TYPE_CHECKING:

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
-    AdapterOption,
-    AutoBlockSizeOption,
     CommandError,
     CommandInterrupted,
+    decoding_config,
+    diagnostics,
+    load,
+    load_adapter,
+    sampling_settings,
+)
+from .options import (
+    AdapterOption,
+    AutoBlockSizeOption,
+    CandidatesOption,
+    CompileOption,
     DebugOption,
     DeviceOption,
     Dtype,
@@ -29,16 +38,12 @@ from .common import (
     Mode,
     ModelOption,
     ModeOption,
+    PoolOption,
     TemperatureOption,
     ThreadsOption,
     TopKOption,
     TopPOption,
     VerifySizeOption,
-    decoding_config,
-    diagnostics,
-    load,
-    load_adapter,
-    sampling_settings,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +101,9 @@ def generate(
     adapter: AdapterOption = None,
     verify_size: VerifySizeOption = None,
     lookup: LookupOption = None,
+    pool: PoolOption = None,
+    candidates: CandidatesOption = 1,
+    compile: CompileOption = None,
     dtype: DtypeOption = Dtype.float32,
     device: DeviceOption = "auto",
     mode: ModeOption = Mode.sliding,
@@ -130,6 +138,9 @@ def generate(
         record=trajectories is not None,
         verify_size=verify_size,
         lookup=lookup,
+        pool=pool,
+        candidates=candidates,
+        compile=compile,
     )
     chosen = read_prompts(prompts) if prompts is not None else [_one_prompt(prompt)]
     settings: dict[str, Any] = {
@@ -147,6 +158,10 @@ def generate(
         settings |= {"adapter": adapter, "verify_size": verify_size}
     if lookup is not None:
         settings["lookup"] = lookup
+    if pool is not None:
+        settings["pool"] = pool
+    if candidates > 1:
+        settings["candidates"] = candidates
     if sampling:
         settings["sampling"] = sampling
 

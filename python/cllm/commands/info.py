@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import DebugOption, diagnostics, write_json
+from .common import diagnostics, write_json
+from .options import DebugOption
 
 _PACKAGES = ("cllm-kernels", "torch", "triton", "transformers")
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common import CommandError, DebugOption, diagnostics
+from .common import CommandError, diagnostics
+from .options import DebugOption
 
 
 def report(

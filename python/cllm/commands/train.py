@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    CommandInterrupted,
-    DebugOption,
-    Dtype,
-    diagnostics,
-)
+from .common import CommandInterrupted, diagnostics
+from .options import DebugOption, Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console

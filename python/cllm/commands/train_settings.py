@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError, Dtype, load
+from .common import CommandError, load
+from .options import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
+from .common import choose_prompts, diagnostics, load, load_adapter, write_json
+from .options import (
     AdapterOption,
     DebugOption,
     DeviceOption,
@@ -21,11 +22,6 @@ from .common import (
     PromptOption,
     PromptsOption,
     ThreadsOption,
-    choose_prompts,
-    diagnostics,
-    load,
-    load_adapter,
-    write_json,
 )
 
 if TYPE_CHECKING:
