@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import cllm
-from cllm.decoding.forward import BlockForward, choose_layout
+from cllm.decoding.forward import BlockForward
 from cllm.decoding.forward_clock import ForwardClock
+from cllm.decoding.layouts import choose_layout
 from cllm.decoding.support import check_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import cllm
 from cllm.decoding import graphs
-from cllm.decoding.forward import choose_layout
+from cllm.decoding.layouts import choose_layout
 from cllm.decoding.support import check_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

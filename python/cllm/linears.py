@@ -20,7 +20,7 @@ import cllm_kernels
 
 # More rows are a matter of arithmetic, not of memory, and torch's.
 MOST_ROWS = 64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -96,7 +96,7 @@ def fusable(module: torch.nn.Module) -> bool:
     if "forward" in module.__dict__ and module not in _users:
         return False
     weight = module.weight
-    known = weight.dtype in _DTYPES and weight.device.type in _DEVICES
+    known = weight.dtype in DTYPES and weight.device.type in _DEVICES
     return type(weight) is torch.nn.Parameter and known
 
 

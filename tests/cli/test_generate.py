@@ -270,7 +270,12 @@ def test_the_options_of_guesses_reach_the_decoder(run, batch, monkeypatch):
             "--candidates 2 are all checked whole; leave --verify-size out",
         ),
         (("--compile", "graph"), "compile='graph' needs a CUDA device"),
-        (("--compile", "inductor"), "graph"),
+        (
+            ("--compile", "inductor", "--block-size", "auto"),
+            "--block-size auto times windows of many sizes; give a number with --compile inductor",
+        ),
+        (("--compile", "inductor", "--adapter", "x"), "--compile inductor has no adapter rows"),
+        (("--compile", "fast"), "inductor"),
     ],
 )
 def test_options_of_guesses_that_do_not_fit(run, batch, options, message):

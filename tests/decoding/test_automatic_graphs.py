@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cllm.decoding import automatic, forward, graphs, shelf
+from cllm.decoding import automatic, forward, graphs, layouts, shelf
 from cllm.decoding.host_needs import NoHost
 from cllm_kernels.block_attention import OP
 
@@ -30,7 +30,7 @@ def played(recorder, monkeypatch):  # noqa: F811
     """A CPU as a GPU with much memory, on which block attention is the layout."""
     if OP.choose(torch.device("cpu"), "auto") == "reference":
         pytest.skip("the C++ kernels were not built")
-    monkeypatch.setattr(forward, "block_attention_devices", {"cpu"})
+    monkeypatch.setattr(layouts, "block_attention_devices", {"cpu"})
     monkeypatch.setattr(automatic, "_device_bytes", lambda device: MANY)
     return recorder
 
@@ -80,7 +80,7 @@ def test_from_the_second_call_of_a_shape_on(family, changes, played):
 
 
 def test_native_layers_and_their_adapters(played, monkeypatch):
-    monkeypatch.setattr(forward, "native_devices", {"cpu"})
+    monkeypatch.setattr(layouts, "native_devices", {"cpu"})
     model, inputs = fresh(), prompts([9, 4])
     expected = greedy(model, inputs, max_new_tokens=20)
     adapter = {"adapter": random_adapter("llama", 0.05)}

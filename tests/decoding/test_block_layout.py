@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import cllm
-from cllm.decoding import forward
+from cllm.decoding import forward, layouts
 from cllm.decoding.attention import chosen_implementation, cllm_attention
 from cllm.decoding.cache import BlockPlan, RaggedLayer
 from cllm.decoding.decode import right_pad
@@ -20,7 +20,7 @@ from cllm_kernels.block_attention import OP
 
 from .tiny_models import CONFIGS, prompts, tiny_model
 
-BLOCK = forward.Layout(False, "block")
+BLOCK = layouts.Layout(False, "block")
 FAMILIES = ["llama", "qwen2", "qwen2-local", "gemma2", "gemma3", "mistral", "gpt2"]
 
 
@@ -29,13 +29,13 @@ def block_layout(monkeypatch):
     """Block attention first on the CPU too, where another layout is the default."""
     if OP.choose(torch.device("cpu"), "auto") == "reference":
         pytest.skip("the C++ kernels were not built")
-    monkeypatch.setattr(forward, "block_attention_devices", {"cpu", "cuda"})
-    monkeypatch.setattr(forward, "native_devices", set())
+    monkeypatch.setattr(layouts, "block_attention_devices", {"cpu", "cuda"})
+    monkeypatch.setattr(layouts, "native_devices", set())
 
 
 @torch.no_grad()
-def layout_of(model) -> forward.Layout:
-    return forward.choose_layout(model, check_model(model), prompts([9])["input_ids"][0], 8)
+def layout_of(model) -> layouts.Layout:
+    return layouts.choose_layout(model, check_model(model), prompts([9])["input_ids"][0], 8)
 
 
 def cllm_model(family):
@@ -76,7 +76,7 @@ def test_what_it_cannot_do_goes_to_another_layout(family, attention, block_layou
 
 
 def test_on_the_cpu_another_layout_is_the_default():
-    assert layout_of(tiny_model("gemma2")) == forward.Layout(False, "folded")
+    assert layout_of(tiny_model("gemma2")) == layouts.Layout(False, "folded")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cllm
-from cllm.decoding import auto, forward, forward_clock, graphs
+from cllm.decoding import auto, forward_clock, graphs, layouts
 from cllm.decoding.forward_clock import ForwardClock
 
 from .test_automatic_graphs import called, fresh, played  # noqa: F401, a fixture
@@ -55,7 +55,7 @@ def test_an_automatic_window_goes_by_captured_forwards(played, monkeypatch):  # 
 @pytest.mark.parametrize("compile", ["off", None, "graph"])
 def test_a_clock_captures_before_it_counts(compile, played, monkeypatch):  # noqa: F811
     """Every width once, the adapter's as well; a width is timed by replays alone."""
-    monkeypatch.setattr(forward, "native_devices", {"cpu"})
+    monkeypatch.setattr(layouts, "native_devices", {"cpu"})
     seconds = iter(range(1000))
 
     def now():
@@ -97,5 +97,5 @@ def test_without_a_gpu_a_graph_is_refused(block_size):
             compile="graph",
             block_size=block_size,
         )
-    with pytest.raises(ValueError, match=r"compile must be None .*, 'graph' or 'off', not 'indu"):
-        cllm.JacobiConfig(compile="inductor")
+    with pytest.raises(ValueError, match=r"compile must be None .*'inductor' or 'off', not 'fast'"):
+        cllm.JacobiConfig(compile="fast")

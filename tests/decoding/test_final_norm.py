@@ -12,8 +12,8 @@ import cllm
 import cllm_kernels
 from cllm.decoding import final_norm
 from cllm.decoding.final_norm import NativeNorm
-from cllm.decoding.forward import Layout
 from cllm.decoding.graph_key import watched
+from cllm.decoding.layouts import Layout
 
 from .test_gated import greedy, random_adapter
 from .test_native_layers import FAMILIES, needs_native

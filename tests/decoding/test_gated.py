@@ -14,7 +14,7 @@ from transformers import TextIteratorStreamer
 import cllm
 from cllm import GatedAdapter
 from cllm.adapter import LowRank
-from cllm.decoding import forward
+from cllm.decoding import layouts
 
 from ..adapter.adapters import digest, peft_model, scaled
 from .tiny_models import CONFIGS, fresh_model, prompts, tiny_model
@@ -126,7 +126,8 @@ def test_equals_the_plain_decoding_of_equal_width(family, attention, dtype):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
 def test_verify_rows_have_the_bits_of_a_plain_window(family, dtype):
     """Logits, not only tokens; at two lengths, behind more context than a sliding window holds."""
-    from cllm.decoding.forward import BlockForward, choose_layout
+    from cllm.decoding.forward import BlockForward
+    from cllm.decoding.layouts import choose_layout
     from cllm.decoding.support import check_model
 
     model = copy.deepcopy(tiny_model(family, dtype))
@@ -164,7 +165,8 @@ def test_verify_rows_have_the_bits_of_a_plain_window(family, dtype):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
 def test_guess_rows_are_the_adapted_model_behind_the_bases_cache(family):
     """Against transformers and PEFT: a cache of the base, the window through base + LoRA."""
-    from cllm.decoding.forward import BlockForward, choose_layout
+    from cllm.decoding.forward import BlockForward
+    from cllm.decoding.layouts import choose_layout
     from cllm.decoding.support import check_model
 
     peft = peft_model(family, torch.float64)
@@ -286,7 +288,7 @@ def test_a_trained_adapter_is_faster_and_changes_nothing(tmp_path, monkeypatch):
         )
     for native in (True, False):
         if not native:  # as PEFT's layers are decoded
-            monkeypatch.setattr(forward, "native_devices", set())
+            monkeypatch.setattr(layouts, "native_devices", set())
         for adapter in (str(folder), GatedAdapter.load(folder)):
             found = cllm.generate(
                 model, **inputs, **settings, adapter=adapter, return_dict_in_generate=True

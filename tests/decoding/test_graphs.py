@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria
 
 import cllm
-from cllm.decoding import cache, forward, graphs, prefill, shelf
+from cllm.decoding import cache, graphs, layouts, prefill, shelf
 from cllm.decoding.cache import BlockPlan
 
 from ..adapter.adapters import peft_model
@@ -55,7 +55,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(prefill, "new_pool", object)
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     # as on a GPU: no layer of native code, and places made of lengths that are on the device
-    monkeypatch.setattr(forward, "native_devices", set())
+    monkeypatch.setattr(layouts, "native_devices", set())
     own = BlockPlan.start_window
 
     def start_window(plan, lengths, host_lengths, width, **chains):

@@ -14,15 +14,16 @@ import transformers as hf
 import cllm
 import cllm_kernels
 from cllm.adapter import LowRank
-from cllm.decoding import forward, layers
-from cllm.decoding.forward import BlockForward, choose_layout
+from cllm.decoding import layers, layouts
+from cllm.decoding.forward import BlockForward
+from cllm.decoding.layouts import choose_layout
 from cllm.decoding.support import check_model
 from cllm_kernels.decoder_layer import OP
 
 from .test_gated import greedy, random_adapter
 from .tiny_models import CONFIGS, prompts, tiny_model
 
-NATIVE = forward.Layout(False, "native")
+NATIVE = layouts.Layout(False, "native")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen2-local", "qwen3"]
 needs_native = pytest.mark.skipif(
     OP.unavailable("cpp", torch.device("cpu")) is not None, reason="no C++ kernels"
@@ -118,7 +119,7 @@ def test_logits_are_those_of_the_other_layouts(family, monkeypatch):
     tokens = ids[:, -7:].contiguous()
     found = {}
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(forward, "native_devices", devices)
+        monkeypatch.setattr(layouts, "native_devices", devices)
         layout = layout_of(model, 24, gated=True)
         assert (layout == NATIVE) == bool(devices)
         block = BlockForward(

@@ -12,8 +12,9 @@ import torch
 from transformers.utils import import_utils
 
 import cllm
-from cllm.decoding import attention, forward, graphs, prefill, shelf
-from cllm.decoding.forward import BlockForward, choose_layout
+from cllm.decoding import attention, forward, graphs, layouts, prefill, shelf
+from cllm.decoding.forward import BlockForward
+from cllm.decoding.layouts import choose_layout
 from cllm.decoding.support import check_model
 
 from .test_automatic_graphs import played  # noqa: F401, a fixture
@@ -171,7 +172,7 @@ def test_a_captured_prompt_has_the_mask_of_any_other(family, monkeypatch):
     masks = attention.cllm_attention_forward
     traits, ids = check_model(model), torch.arange(3, 12)[None]
     assert masks is not None
-    layout = forward.Layout(False, "folded")
+    layout = layouts.Layout(False, "folded")
     found = []
     for capturing in (False, True):
         monkeypatch.setattr(attention, "_capturing", lambda capturing=capturing: capturing)

@@ -73,6 +73,10 @@ def decoding_config(
         raise CommandError(
             f"--block-size auto times single windows; leave it or --candidates {candidates}"
         )
+    if block_size == "auto" and compile is Compile.inductor:
+        raise CommandError(
+            "--block-size auto times windows of many sizes; give a number with --compile inductor"
+        )
     if candidates > 1 and verify_size is not None:
         raise CommandError(
             f"--candidates {candidates} are all checked whole; leave --verify-size out"

@@ -25,6 +25,7 @@ from .options import (
     AdapterOption,
     AutoBlockSizeOption,
     CandidatesOption,
+    Compile,
     CompileOption,
     DebugOption,
     DeviceOption,
@@ -128,6 +129,8 @@ def generate(
         raise CommandError(f"{name} needs --output")
     if verify_size is not None and adapter is None:
         raise CommandError("--verify-size needs --adapter")
+    if compile is Compile.inductor and adapter is not None:
+        raise CommandError("--compile inductor has no adapter rows; leave it or --adapter out")
     sampling = sampling_settings(temperature, top_k, top_p, min_p)
     errors = diagnostics()
     config = decoding_config(

@@ -23,6 +23,7 @@ class Mode(StrEnum):
 
 class Compile(StrEnum):
     graph = "graph"
+    inductor = "inductor"
     off = "off"
 
 
@@ -158,8 +159,8 @@ CompileOption = Annotated[
     Compile | None,
     typer.Option(
         "--compile",
-        help="CUDA graphs of whole iterations.  [default: graph on a GPU, from the second call of "
-        "a shape on; else off]",
+        help="graph: CUDA graphs of whole iterations; inductor: torch.compile, on a CPU.  "
+        "[default: graph on a GPU, from the second call of a shape on; else off]",
         show_default=False,
     ),
 ]

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cache import VIEW_STEP, round_up
 from .config import Compile
-from .forward import Layout
 from .graph_key import forward_key, watched
 from .graphs import has_graphs
+from .layouts import Layout
 from .shelf import MOST_KEPT, failed, looked_at
 
 # The KV caches of all captures together, where one was not asked for, take at most the device's
@@ -84,7 +84,7 @@ def plan_call(
         recorded: a trajectory is, so that somebody looks at each iteration.
         adapter, shape: arguments of `graphs.graphed_forward`.
     """
-    if compile == "off":
+    if compile in ("off", "inductor"):
         return PLAIN
     shape["slots"] = round_up(shape["slots"], VIEW_STEP)
     device = shape["device"]

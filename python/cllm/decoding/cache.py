@@ -63,6 +63,7 @@ class BlockPlan:
         storage: Storage | None = None,
     ):
         self.storage = storage
+        self.indexed = False  # slots are a tensor even where a slice would do
         self.batch = batch
         self.grows = slots > VIEW_STEP and not constant_view
         self.longest_view = round_up(slots, VIEW_STEP if self.grows else _ALIGNMENT)
@@ -116,7 +117,7 @@ class BlockPlan:
             return
         offsets = torch.arange(width, device=self.device)
         rows = torch.arange(self.batch, device=self.device)[:, None] * self.capacity
-        if self.batch > 1 or self.device.type != "cpu":
+        if self.indexed or self.batch > 1 or self.device.type != "cpu":
             self.slots = (rows + lengths[:, None] + offsets).flatten()
         if self.right_aligned:
             self.view = longest + width
@@ -330,6 +331,11 @@ class RaggedCache(Cache):
         assert isinstance(layer, RaggedLayer)
         return layer
 
+    @property
+    def ragged(self) -> list[RaggedLayer]:
+        """All layers there are."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """`RaggedLayer.move` in all layers."""
         whole = None if self.plan.storage is None else self.plan.storage.whole
@@ -337,15 +343,13 @@ class RaggedCache(Cache):
             for storage in whole:
                 moved(storage, source, target)
             return
-        for layer in self.layers:
-            assert isinstance(layer, RaggedLayer)
+        for layer in self.ragged:
             layer.move(source, target)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers' storage."""
-        stored = [layer.stored() for layer in self.layers if isinstance(layer, RaggedLayer)]
-        return sum(tensor.nbytes for pair in stored for tensor in pair)
+        return sum(tensor.nbytes for layer in self.ragged for tensor in layer.stored())
 
     def untouched_layers(self) -> list[int]:
         """Layers of the cache that no forward has written to."""

@@ -26,7 +26,13 @@ _PREPARED = frozenset(
 
 
 def check_adapter_settings(settings: JacobiConfig, adapter: Any) -> None:
-    """Raises ValueError if there is no adapter that `verify_size` could be about."""
+    """Raises ValueError if there is no adapter that `verify_size` could be about, or one that
+    ``compile="inductor"`` knows nothing of."""
+    if adapter is not None and settings.compile == "inductor":
+        raise ValueError(
+            "compile='inductor' does not know the rows that an adapter guesses in; leave compile "
+            "or the adapter out"
+        )
     if adapter is None and settings.verify_size is not None:
         raise ValueError(
             f"verify_size={settings.verify_size} is about decoding with an adapter; "

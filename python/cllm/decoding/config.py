@@ -9,7 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
-Compile = Literal["graph", "off"]
+Compile = Literal["graph", "inductor", "off"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 
@@ -67,15 +67,17 @@ class JacobiConfig:
         compile: ``"graph"`` captures whole iterations in a CUDA graph and replays it, see
             `cllm.decoding.graphs`; with logits processors, samples or recorded trajectories the
             forward over a window alone. A model keeps its captures, and the caches they write to,
-            for further calls (`cllm.decoding.graphs.kept_bytes`, ``forget``). ``"off"``: everything
-            is launched kernel by kernel. ``None``: on a GPU, a graph from the second call of a
-            shape on, where nobody watches the model (hooks, recorded trajectories), neither
-            autocast nor several devices stand against it and its layout is native layers or block
-            attention, as long as all caches that are kept are small beside the device's memory;
-            else, and on a CPU, ``"off"``. A shape whose capture ran out of memory goes without a
-            graph until ``forget(model)``; who asks for one is told of that once. In bf16 and fp16
-            near-ties may fall by the size of the cache, which is a graph's in all calls of a shape
-            that comes to have one.
+            for further calls (`cllm.decoding.graphs.kept_bytes`, ``forget``). ``"inductor"``, on a
+            CPU: `torch.compile` makes one of the forward over a window, see
+            `cllm.decoding.inductor`, which takes some tens of seconds for every shape; not with an
+            adapter. ``"off"``: everything is launched kernel by kernel. ``None``: on a GPU, a graph
+            from the second call of a shape on, where nobody watches the model (hooks, recorded
+            trajectories), neither autocast nor several devices stand against it and its layout is
+            native layers or block attention, as long as all caches that are kept are small beside
+            the device's memory; else, and on a CPU, ``"off"``. A shape whose capture ran out of
+            memory goes without a graph until ``forget(model)``; who asks for one is told of that
+            once. In bf16 and fp16 near-ties may fall by the size of the cache, which is a graph's
+            in all calls of a shape that comes to have one, and by what inductor fuses.
 
     Raises:
         ValueError: naming every field that has a bad value.
@@ -136,7 +138,7 @@ class JacobiConfig:
         if self.compile is not None and self.compile not in get_args(Compile):
             problems.append(
                 "compile must be None (on a GPU, a CUDA graph from the second call of a shape on), "
-                f"'graph' or 'off', not {self.compile!r}"
+                f"'graph', 'inductor' or 'off', not {self.compile!r}"
             )
         record: Any = self.record_trajectories
         if not isinstance(record, bool):
@@ -196,6 +198,11 @@ class JacobiConfig:
             problems.append("block_size='auto' times forwards over one window; leave candidates 1")
         if self.verify_size is not None:
             problems.append("block_size='auto' chooses verify_size, too; leave it None")
+        if self.compile == "inductor":
+            problems.append(
+                "block_size='auto' times windows of many sizes, and inductor takes long to compile "
+                "each; give a number"
+            )
         return problems
 
     def _lookup_problems(self) -> list[str]:

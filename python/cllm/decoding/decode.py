@@ -21,9 +21,11 @@ from .cache import VIEW_STEP, round_up
 from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
 from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
-from .forward import BlockForward, Layout, choose_layout
+from .forward import BlockForward
 from .gated import GatedCandidateIteration, GatedIteration
 from .graphs import GraphedForward, check_device, graphed_forward, window_key
+from .inductor import CompiledForward, check_compilable
+from .layouts import Layout, choose_layout
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .output import JacobiOutput
@@ -126,6 +128,8 @@ def jacobi_decode(
     check_inputs(model, traits, input_ids, model_kwargs.get("attention_mask"), settings)
     if settings.compile == "graph":
         check_device(input_ids.device)
+    if settings.compile == "inductor":
+        check_compilable(model)
     if token_streamer is not None and input_ids.shape[0] > 1:
         raise UnsupportedOptionError(
             f"a streamer for {input_ids.shape[0]} rows",
@@ -176,7 +180,8 @@ def jacobi_decode(
             gate = stack.enter_context(adapter.applied(model))
         most = input_ids.shape[0] * _window_rows(settings, gate)
         chains = gate is not None or _several(settings)
-        layout = choose_layout(model, traits, probed, most, gated=chains)
+        compiled = settings.compile == "inductor"
+        layout = choose_layout(model, traits, probed, most, gated=chains, compiled=compiled)
         stack.enter_context(layout.applied(model))
         loop, prefill_seconds = _start(
             model,
@@ -238,7 +243,8 @@ def _start(
         pad_token_id=pad_token_id,
     )
     head = None
-    if noise is not None and gate is None and only_temperature(processors):
+    compiled = settings.compile == "inductor"
+    if noise is not None and not (gate or compiled) and only_temperature(processors):
         head = fused_head(model)
     shape: dict[str, Any] = dict(
         batch=batch,
@@ -280,7 +286,9 @@ def _start(
         **shape,
     )
     forward: BlockForward
-    if plan.captured:
+    if compiled:
+        forward = CompiledForward(model, traits, **shape)
+    elif plan.captured:
         forward = stack.enter_context(
             graphed_forward(
                 model,

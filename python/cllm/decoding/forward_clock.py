@@ -16,8 +16,9 @@ from ..adapter import Gate, GatedAdapter
 from .automatic import obstacle
 from .cache import VIEW_STEP, round_up
 from .config import Compile
-from .forward import BlockForward, Layout, choose_layout
+from .forward import BlockForward
 from .graphs import GraphedForward, on_device
+from .layouts import Layout, choose_layout
 from .support import check_model, model_device
 
 

@@ -15,8 +15,8 @@ from cllm_kernels import current_backend
 from ..adapter import low_rank
 from ..linears import replaced as linear_replaced
 from .attention import chosen_implementation
-from .forward import Layout
 from .layers import replaced as layer_replaced
+from .layouts import Layout
 
 # transformers leaves hooks on a model that was once asked for hidden states or attentions; they do
 # nothing until it is asked again

@@ -29,9 +29,10 @@ from ..adapter import low_rank
 from ..linears import _terms
 from .cache import VIEW_STEP, round_up
 from .capturing import Capture, capture, on_device, short_of_memory
-from .forward import BlockForward, Layout
+from .forward import BlockForward
 from .graph_key import forward_key
 from .host_needs import NoHost
+from .layouts import Layout
 from .prefill import Prefills, padded
 from .shelf import (
     MOST_KEPT,
