@@ -78,10 +78,10 @@ void row_argmax_cpu(uintptr_t logits, int dtype, int64_t rows, int64_t inner, in
 }
 
 // addresses of x, weight, bias, out, a, b; rows, columns, width, rank; strides of x, weight, out;
-// period and first gated row.
+// period and first gated row; whether the weight lies across.
 void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int out_dtype,
                       const std::array<int64_t, 4>& sizes, const std::array<int64_t, 3>& strides,
-                      const std::array<int64_t, 2>& gate, int threads) {
+                      const std::array<int64_t, 2>& gate, bool across, int threads) {
     const cllm::BlockLinear linear{pointer<const void>(addresses[0]),
                                    pointer<const void>(addresses[1]),
                                    pointer<const void>(addresses[2]),
@@ -98,7 +98,8 @@ void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int 
                                    strides[2],
                                    sizes[3],
                                    gate[0],
-                                   gate[1]};
+                                   gate[1],
+                                   across};
     py::gil_scoped_release release;
     cllm::block_linear_cpu(linear, threads);
 }

@@ -317,9 +317,18 @@ inline bool is_matrix(const View& view, int64_t rows, int64_t columns, Dtype wan
            dtype_of(view, dtype) && dtype == wanted;
 }
 
+// One matrix [rows, columns] of this type on the CPU, columns in one piece.
+inline bool lies_across(const View& view, int64_t rows, int64_t columns, Dtype wanted) {
+    Dtype dtype;
+    return view.device.type == kCpu && view.dims == 2 && view.shape[0] == rows &&
+           view.shape[1] == columns && rows > 1 && columns > 1 && view.strides[0] == 1 &&
+           view.strides[1] >= rows && dtype_of(view, dtype) && dtype == wanted;
+}
+
 // block_linear(x, weight, bias or None, a or None, b or None, out, gated_from, threads) -> None, or
-// -1 when done. CPU only, of one type: x [.., H] contiguous, weight [N, H] with contiguous rows,
-// bias [N], a [R, H], b [N, R], out [.., N] contiguous; gated are the rows x[.., gated_from:, :].
+// -1 when done. CPU only, of one type: x [.., H] contiguous, weight [N, H] with contiguous rows (or
+// columns, without a and b), bias [N], a [R, H], b [N, R], out [.., N] contiguous; gated are the
+// rows x[.., gated_from:, :].
 inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (count != 8) {
         PyErr_SetString(PyExc_TypeError, "block_linear takes 8 arguments");
@@ -341,7 +350,8 @@ inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count
         Py_RETURN_NONE;
     }
     const int64_t width = x.shape[x.dims - 1], columns = weight.shape[0];
-    if (width < 1 || !is_matrix(weight, columns, width, dtype) ||
+    const bool across = !gated && lies_across(weight, columns, width, dtype);
+    if (width < 1 || !(across || is_matrix(weight, columns, width, dtype)) ||
         out.shape[x.dims - 1] != columns || !dtype_of(out, other) || other != dtype) {
         Py_RETURN_NONE;
     }
@@ -374,11 +384,14 @@ inline PyObject* block_linear(PyObject*, PyObject* const* args, Py_ssize_t count
                              columns,
                              width,
                              width,
-                             columns > 1 ? weight.strides[0] : width,
+                             across        ? weight.strides[1]
+                             : columns > 1 ? weight.strides[0]
+                                           : width,
                              columns,
                              rank,
                              period,
-                             gated_from};
+                             gated_from,
+                             across};
     if (!without_gil([&] { block_linear_cpu(linear, threads); })) return nullptr;
     return PyLong_FromLong(-1);
 }

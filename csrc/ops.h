@@ -132,7 +132,7 @@ void running_argmax_exact_cpu(const ScoreChunk& chunk, const LinearOperands& ope
 // `gated_from`.
 struct BlockLinear {
     const void* x;       // [rows, width], rows x_stride apart
-    const void* weight;  // [columns, width], rows weight_stride apart
+    const void* weight;  // [columns, width], rows weight_stride apart; or across, see below
     const void* bias;    // [columns], or null
     void* out;           // [rows, columns], rows out_stride apart, written
     const void* a;       // [rank, width], or null
@@ -148,6 +148,7 @@ struct BlockLinear {
     int64_t rank;
     int64_t period;
     int64_t gated_from;
+    bool across = false;  // the weight is [width, columns], rows weight_stride apart, and a null
 };
 
 void block_linear_cpu(const BlockLinear& linear, int threads);

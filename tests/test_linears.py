@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import cllm
 from cllm import GatedAdapter
@@ -83,6 +84,30 @@ def test_few_rows_go_through_the_kernel_and_many_do_not(calls):
                 holder(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
             )
     assert calls == [(1, False), (MOST_ROWS, False)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, MOST_ROWS), (torch.bfloat16, 16), (torch.float16, 16)]
+)
+def test_a_layer_that_lies_across(calls, dtype, most):
+    torch.manual_seed(0)
+    layer = Conv1D(40, 50).to(dtype)
+    torch.nn.init.normal_(layer.bias)
+
+    class Other(Conv1D):
+        pass
+
+    with torch.no_grad(), block_linears(torch.nn.Sequential(layer)):
+        assert "forward" in layer.__dict__
+        for rows in (1, most, most + 1):
+            x = torch.randn(1, rows, 50).to(dtype)
+            wanted = x.double() @ layer.weight.double() + layer.bias.double()
+            torch.testing.assert_close(layer(x), wanted.to(dtype))
+    assert calls == [(1, False), (most, False)]
+    assert "forward" not in layer.__dict__
+    other = Other(4, 5)
+    with block_linears(torch.nn.Sequential(other)):
+        assert "forward" not in other.__dict__
 
 
 @needs_kernel

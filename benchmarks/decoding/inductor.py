@@ -41,6 +41,7 @@ SHAPES: dict[str, Any] = {
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         vocab_size=50304,
     ),
+    "GPT-2 124M": hf.GPT2Config(),
     "SmolLM2 135M (native layers)": hf.LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,

@@ -58,7 +58,8 @@ def block_linear(
 
     Args:
         x: [..., H] float32, bfloat16 or float16.
-        weight: [N, H] and bias: [N] or None, of the same dtype and device.
+        weight: [N, H] and bias: [N] or None, of the same dtype and device. The transpose of a
+            [H, N] in memory is read as it lies there on a CPU, where there is no `low_rank`.
         low_rank: (a [R, H], b [N, R]) of the same dtype and device, finite, or None. The rows
             x[..., gated_from:, :] get (x @ a.T) @ b.T on top (LoRA, Hu et al. 2021, eq. 3); the
             others keep the bits that they have without it.

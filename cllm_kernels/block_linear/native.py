@@ -42,7 +42,9 @@ def linear_into(
     """x @ weight.T + bias, and (x @ a.T) @ b.T in rows whose index modulo the period is at least
     that of the first gated one."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    # a low-rank term is added in sums that only the other way of lying has
+    across = gate is None and _lies_across(weight)
+    weight = weight if across or weight.stride(-1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     a, b, period, first = (None, None, 1, 0) if gate is None else gate
     tensors = (x, weight, bias, out, a, b)
@@ -51,7 +53,15 @@ def linear_into(
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[out.dtype],
         (x.shape[0], weight.shape[0], x.shape[1], 0 if a is None else a.shape[0]),
-        (x.stride(0), weight.stride(0), out.stride(0)),
+        (x.stride(0), weight.stride(1 if across else 0), out.stride(0)),
         (period, first),
+        across,
         torch.get_num_threads(),
     )
+
+
+def _lies_across(weight: Tensor) -> bool:
+    """Whether a weight [N, H] is the transpose of one in memory, as GPT-2's Conv1D has it."""
+    rows, columns = weight.shape
+    stride, step = weight.stride()
+    return rows > 1 and columns > 1 and stride == 1 and step >= rows

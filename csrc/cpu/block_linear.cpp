@@ -14,19 +14,21 @@
 namespace cllm {
 namespace {
 
-const BlockLinearKernels& kernels(Dtype dtype) {
+const BlockLinearKernels& kernels(const BlockLinear& linear) {
 #if defined(__x86_64__)
     switch (cpu_isa()) {
         case Isa::kAvx512:
-            return dtype == Dtype::kBFloat16 && cpu_has_bf16_dot() ? kBlockLinearAvx512Bf16
-                                                                   : kBlockLinearAvx512;
+            // dot products of pairs want both of a pair beside each other
+            return linear.dtype == Dtype::kBFloat16 && !linear.across && cpu_has_bf16_dot()
+                       ? kBlockLinearAvx512Bf16
+                       : kBlockLinearAvx512;
         case Isa::kAvx2:
             return kBlockLinearAvx2;
         default:
             return kBlockLinearScalar;
     }
 #else
-    (void)dtype;
+    (void)linear;
     return kBlockLinearScalar;
 #endif
 }
@@ -98,11 +100,15 @@ int64_t team_size() {
 
 // A multiple of every number of weights per tile (block_linear_body.h), so that few are left.
 constexpr int64_t kUnit = 12;
+// Whole lines of a weight that lies across.
+constexpr int64_t kUnitAcross = 32;
+
+int64_t unit_of(const BlockLinear& linear) { return linear.across ? kUnitAcross : kUnit; }
 
 }  // namespace
 
 int64_t block_linear_scratch(const BlockLinear* linears, int64_t count) {
-    const BlockLinearKernels& kernel = kernels(linears[0].dtype);
+    const BlockLinearKernels& kernel = kernels(linears[0]);
     int64_t bytes = input_bytes(linears[0], kernel);
     for (int64_t i = 0; i < count; ++i) bytes += low_bytes(linears[i], kernel);
     return bytes;
@@ -110,7 +116,7 @@ int64_t block_linear_scratch(const BlockLinear* linears, int64_t count) {
 
 void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scratch) {
     const BlockLinear& shared = linears[0];
-    const BlockLinearKernels& kernel = kernels(shared.dtype);
+    const BlockLinearKernels& kernel = kernels(shared);
     const int64_t padded = padded_width(shared.width), workers = team_size();
     const auto* x = static_cast<const char*>(shared.x);
     if (!taken_as_it_is(shared, kernel)) {
@@ -149,11 +155,11 @@ void block_linears_in_team(const BlockLinear* linears, int64_t count, char* scra
         const bool with_low = has_low_rank(linear);
         const BlockLinearInput input{x, with_low ? low : nullptr, padded,
                                      with_low ? padded_width(linear.rank) : 0};
-        const int64_t units = (linear.columns + kUnit - 1) / kUnit;
+        const int64_t unit = unit_of(linear), units = (linear.columns + unit - 1) / unit;
 #pragma omp for schedule(static) nowait
         for (int64_t worker = 0; worker < workers; ++worker) {
-            const int64_t first = units * worker / workers * kUnit;
-            const int64_t last = std::min(units * (worker + 1) / workers * kUnit, linear.columns);
+            const int64_t first = units * worker / workers * unit;
+            const int64_t last = std::min(units * (worker + 1) / workers * unit, linear.columns);
             if (first < last) kernel.span(linear, input, first, last);
         }
         low += low_bytes(linear, kernel);
@@ -168,7 +174,7 @@ void block_linear_cpu(const BlockLinear& linear, int threads) {
     static thread_local Scratch kept;
     std::unique_ptr<char[]> large;
     char* const scratch = kept.take(block_linear_scratch(&linear, 1), large);
-    const int64_t units = (linear.columns + kUnit - 1) / kUnit;
+    const int64_t unit = unit_of(linear), units = (linear.columns + unit - 1) / unit;
     const int64_t useful = linear.columns * linear.width / kWeightsPerThread + 1;
     const int64_t workers = std::min({static_cast<int64_t>(threads), useful, units});
     (void)workers;  // unused by a compiler without OpenMP

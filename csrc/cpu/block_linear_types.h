@@ -1,16 +1,25 @@
 // What block_linear_<isa>.cpp exports, behind block_linear_body.h.
 
+#include "block_linear_across.h"
+
+template <typename Type, typename Out>
+void either_span(const BlockLinear& linear, const BlockLinearInput& input, int64_t first,
+                 int64_t last) {
+    if (linear.across) return typed_across<Type, Out>(linear, input, first, last);
+    typed_span<Type, Out>(linear, input, first, last);
+}
+
 void span(const BlockLinear& linear, const BlockLinearInput& input, int64_t first, int64_t last) {
     const bool wide = linear.out_dtype == Dtype::kFloat32;
     switch (linear.dtype) {
         case Dtype::kFloat32:
-            return typed_span<Float32, Float32>(linear, input, first, last);
+            return either_span<Float32, Float32>(linear, input, first, last);
         case Dtype::kBFloat16:
-            return wide ? typed_span<BFloat16, Float32>(linear, input, first, last)
-                        : typed_span<BFloat16, BFloat16>(linear, input, first, last);
+            return wide ? either_span<BFloat16, Float32>(linear, input, first, last)
+                        : either_span<BFloat16, BFloat16>(linear, input, first, last);
         case Dtype::kFloat16:
-            return wide ? typed_span<Float16, Float32>(linear, input, first, last)
-                        : typed_span<Float16, Float16>(linear, input, first, last);
+            return wide ? either_span<Float16, Float32>(linear, input, first, last)
+                        : either_span<Float16, Float16>(linear, input, first, last);
     }
 }
 

@@ -1,5 +1,7 @@
 """Linear layers of few rows on a CPU, and the head on a GPU, through `cllm_kernels.block_linear`.
 
+GPT-2's `Conv1D` is one whose weight lies across, [in, out], and is read as it lies.
+
 torch's own product of few rows reads the weights at less than half of the speed of memory, and the
 bits of a row change with the number of rows. Here neither is so: what one-token decoding and a
 window of n tokens give in a linear layer is the same, bit for bit.
@@ -15,11 +17,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import cllm_kernels
 
 # More rows are a matter of arithmetic, not of memory, and torch's.
 MOST_ROWS = 64
+# The same of a `Conv1D` in 16 bits, whose weight has to be widened (docs/performance.md).
+_MOST_ROWS_ACROSS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
@@ -63,15 +68,17 @@ def block_linears(
     """Let the linear layers of `model` that are on a CPU take up to `MOST_ROWS` rows through
     `cllm_kernels.block_linear`, for a while.
 
-    Only layers that are `fusable`. The last concurrent call to leave puts the layers' own forward
-    back.
+    Only layers that are `fusable`, and `Conv1D`. The last concurrent call to leave puts the layers'
+    own forward back.
 
     Args:
         others: those for which that holds on a GPU, too.
     """
     with _lock:
         chosen: list[Any] = [
-            module for module in model.modules() if module in _users or fusable(module)
+            module
+            for module in model.modules()
+            if module in _users or fusable(module) or _plain(module, Conv1D)
         ]
         chosen = [m for m in chosen if m.weight.is_cpu or any(m is other for other in others)]
         for module in chosen:
@@ -91,7 +98,11 @@ def block_linears(
 def fusable(module: torch.nn.Module) -> bool:
     """A plain `torch.nn.Linear` on a device and in a dtype of the kernels: no subclass (a quantised
     layer, say), nothing parametrised, and no layer whose forward is somebody else's already."""
-    if type(module) is not torch.nn.Linear:
+    return _plain(module, torch.nn.Linear)
+
+
+def _plain(module: torch.nn.Module, kind: type) -> bool:
+    if type(module) is not kind:
         return False
     if "forward" in module.__dict__ and module not in _users:
         return False
@@ -179,7 +190,10 @@ def _leave(module: Any) -> None:
 
 def _few(module: Any, x: Tensor) -> bool:
     """Whether `block_linear` may stand for torch's product."""
-    if x.dim() == 0 or x.numel() > MOST_ROWS * x.shape[-1] or x.dtype is not module.weight.dtype:
+    if x.dim() == 0 or x.dtype is not module.weight.dtype:
+        return False
+    widened = type(module) is Conv1D and x.dtype is not torch.float32
+    if x.numel() > (_MOST_ROWS_ACROSS if widened else MOST_ROWS) * x.shape[-1]:
         return False
     # which would multiply in another dtype
     return not torch.is_autocast_enabled(x.device.type)
@@ -205,4 +219,8 @@ def _forward(module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _without_term(module: Any, own: Callable[[Tensor], Tensor], x: Tensor, few: bool) -> Tensor:
-    return cllm_kernels.block_linear(x, module.weight, module.bias) if few else own(x)
+    if not few:
+        return own(x)
+    across = type(module) is Conv1D
+    weight = module.weight.t() if across else module.weight
+    return cllm_kernels.block_linear(x, weight, module.bias)

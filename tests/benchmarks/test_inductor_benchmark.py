@@ -54,4 +54,4 @@ def test_a_record(monkeypatch, tmp_path):
 
 def test_the_shapes_are_those_of_the_families():
     kinds = [type(config) for config in inductor.SHAPES.values()]
-    assert kinds == [hf.Gemma3TextConfig, hf.GPTNeoXConfig, hf.LlamaConfig]
+    assert kinds == [hf.Gemma3TextConfig, hf.GPTNeoXConfig, hf.GPT2Config, hf.LlamaConfig]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import cllm
 from cllm.decoding import inductor
@@ -51,7 +52,7 @@ def lowered(monkeypatch) -> Lowered:
 def decoded(model: Any, inputs: Any = INPUTS, **changes: Any) -> Any:
     settings: dict[str, Any] = dict(max_new_tokens=20, do_sample=False, block_size=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="compile='inductor'")
         return cllm.generate(model, **inputs, **(settings | {"compile": "inductor"} | changes))
 
 
@@ -68,14 +69,31 @@ def test_the_text_is_greedy_search(lowered, family):
     assert len(lowered.graphs) == 1
 
 
-def test_every_linear_layer_of_few_rows_is_block_linear(lowered):
-    model = fresh_model("gpt-neox")
-    decoded(model)
-    linears = [one for one in model.modules() if type(one) is torch.nn.Linear]
+@pytest.mark.parametrize("family", ["gpt-neox", "gpt2"])
+def test_every_linear_layer_of_few_rows_is_block_linear(lowered, family):
+    model = fresh_model(family)
+    expected = model.generate(**INPUTS, max_new_tokens=20, do_sample=False)
+    assert torch.equal(decoded(model), expected)
+    linears = [one for one in model.modules() if type(one) in (torch.nn.Linear, Conv1D)]
     assert lowered.block_linears == len(linears) > 8
     lowered.graphs.clear()
     decoded(model, block_size=40)  # 80 rows
     assert lowered.graphs and lowered.block_linears == 0
+
+
+def test_layers_share_no_memory(lowered, monkeypatch):
+    """Inputs that share memory and are written to are copied whole, in every layer and forward."""
+    seen, own = [], inductor._SeenCache
+
+    def made(cache: Any) -> Any:
+        seen.append(cache)
+        return own(cache)
+
+    monkeypatch.setattr(inductor, "_SeenCache", made)
+    decoded(fresh_model("gemma3"))
+    (cache,) = seen
+    stored = [tensor for layer in cache.ragged for tensor in layer.stored()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in stored}) == len(stored) == 6
 
 
 @pytest.mark.parametrize(
@@ -175,7 +193,7 @@ def test_what_does_not_go_together():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt-neox", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt-neox", "gemma3", "gpt2"])
 def test_the_text_of_inductor_itself(family):
     model = fresh_model(family)
     expected = model.generate(**INPUTS, max_new_tokens=20, do_sample=False)

@@ -107,6 +107,48 @@ def test_a_rows_bits_are_its_own(dtype, data):
 
 @everywhere(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 40, 300, 1), (3, 65, 8200, 1)])
+def test_a_weight_that_lies_across(backend, device, shape, dtype):
+    if slow_interpreter(backend, device):
+        pytest.skip("Triton makes it contiguous, which other tests see")
+    rows, width, columns, _ = shape
+    given = make(*shape, dtype, device)
+    x, weight, bias = given["x"], given["weight"], given["bias"]
+    wide = torch.zeros(width, columns + 3, device=device, dtype=dtype)
+    wide[:, 1 : columns + 1] = weight.t()
+    with running(OP, backend, device):
+        for across in (weight.t().contiguous().t(), wide[:, 1 : columns + 1].t()):
+            for _ in range(2):  # a device's first call takes another way than those after it
+                check(cllm_kernels.block_linear(x, across, bias), exact(x, weight, bias), width)
+            plain = cllm_kernels.block_linear(x.view(1, rows, width), across)
+            check(plain[0], exact(x, weight, torch.zeros_like(bias)), width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_rows_bits_are_its_own_where_the_weight_lies_across(dtype, data):
+    if OP.choose(torch.device("cpu"), "auto") != "cpp":
+        pytest.skip("no C++ kernels")
+    rows = data.draw(st.integers(1, 140), "rows")
+    width, columns = (data.draw(st.integers(2, 150), name) for name in ("width", "columns"))
+    given = make(rows, width, columns, 1, dtype, seed=rows + width)
+    x, bias = given["x"], given["bias"]
+    weight = given["weight"].t().contiguous().t()
+    whole = cllm_kernels.block_linear(x, weight, bias)
+    first = data.draw(st.integers(0, rows - 1), "first")
+    last = data.draw(st.integers(first + 1, rows), "last")
+    assert torch.equal(whole[first:last], cllm_kernels.block_linear(x[first:last], weight, bias))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(data.draw(st.integers(1, 4), "threads"))
+        assert torch.equal(whole, cllm_kernels.block_linear(x, weight, bias))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@everywhere(OP)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_dimensions_share_a_gate(backend, device, dtype):
     given = make(12, 40, 30, 4, dtype, device)
     x = given["x"].view(3, 4, 40)

@@ -24,12 +24,15 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..linears import DTYPES, MOST_ROWS
-from .cache import VIEW_STEP, RaggedCache, round_up
+from .cache import RaggedCache, round_up
 from .forward import BlockForward
 from .layouts import Layout
 from .support import ModelTraits
 from .uncompiled import is_compiled
 
+# A cache's size is a multiple of so many slots: attention goes over all of them, and every size is
+# compiled for itself.
+_STEP = 256
 # Compiled forwards that a model keeps, the latest.
 MOST_KEPT = 8
 
@@ -68,9 +71,11 @@ class CompiledForward(BlockForward):
     def __init__(
         self, model: Any, traits: ModelTraits, *, slots: int, layout: Layout, **others: Any
     ):
-        shape: dict[str, Any] = dict(slots=round_up(slots, VIEW_STEP), layout=layout, **others)
+        shape: dict[str, Any] = dict(slots=round_up(slots, _STEP), layout=layout, **others)
         super().__init__(model, traits, **shape, fixed=True)
         self.plan.indexed = True
+        # tensors that share memory and are written to are one to the compiler, and copied
+        self.plan.storage = None
         self._seen: _SeenCache | None = None
         self._compiles = layout.attention == "compiled"
         if not self._compiles:
@@ -214,13 +219,18 @@ def _reason(failure: BaseException) -> str:
 
 def _backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor, with `cllm_kernels.block_linear` for the linear layers that it is made for."""
-    replaced = torch.ops.cllm_kernels.block_linear.default
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._nn.linear:
-            arguments = _linear_arguments(node)
-            if _few(arguments[0], arguments[1]):
-                node.target = replaced
-                node.args, node.kwargs = (*arguments, None, None, 0), {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        given = _linear(node)
+        if given is None or not _few(given[0], given[1]):
+            continue
+        x, weight, bias, across = given
+        with graph.graph.inserting_before(node):
+            if across:
+                weight = graph.graph.call_method("t", (weight,))
+            node.target = torch.ops.cllm_kernels.block_linear.default
+            node.args, node.kwargs = (x, weight, bias, None, None, 0), {}
     graph.recompile()
     return _lowered(graph, inputs)
 
@@ -231,18 +241,29 @@ def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     return compile_fx(graph, list(inputs))
 
 
-def _linear_arguments(node: torch.fx.Node) -> tuple[Any, Any, Any]:
-    """x, weight and bias of a call of ``linear``."""
-    names = ("input", "weight", "bias")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return given["input"], given["weight"], given.get("bias")
+def _linear(node: torch.fx.Node) -> tuple[Any, Any, Any, bool] | None:
+    """x, weight and bias of a linear layer, and whether the weight lies across, [in, out], as that
+    of GPT-2's `Conv1D`; None: the node is something else."""
+    if node.target is torch._C._nn.linear:
+        names = ("input", "weight", "bias")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        return given["input"], given["weight"], given.get("bias"), False
+    if node.target is torch.addmm and not node.kwargs:
+        bias, x, weight = node.args
+        shape = getattr(_value(bias), "shape", ())
+        return (x, weight, bias, True) if len(shape) == 1 else None
+    return None
 
 
 def _few(x: Any, weight: Any) -> bool:
     """Whether `block_linear` is made for these, nodes of the graph."""
-    values: list[Any] = [getattr(node, "meta", {}).get("example_value") for node in (x, weight)]
-    if not all(isinstance(value, torch.Tensor) for value in values):
+    rows, columns = _value(x), _value(weight)
+    if not (isinstance(rows, torch.Tensor) and isinstance(columns, torch.Tensor)):
         return False
-    rows, columns = values
     fits = rows.dtype in DTYPES and rows.dtype is columns.dtype and columns.dim() == 2
     return fits and rows.dim() > 0 and rows.numel() <= MOST_ROWS * rows.shape[-1]
+
+
+def _value(node: Any) -> Any:
+    """What stands for a node's tensor while it is traced."""
+    return getattr(node, "meta", {}).get("example_value")

@@ -214,7 +214,7 @@ def _probe_error(
     if block.cache.untouched_layers() or not len(block.cache):
         raise RuntimeError("some layers keep their state outside the cache they were given")
     # nan where the cache leaks garbage: no layout may pass for it
-    return float(torch.cat(errors).nan_to_num(nan=float("inf")).max())
+    return float(torch.cat(errors).detach().nan_to_num(nan=float("inf")).max())
 
 
 def _columns(padded: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
