@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-decoding bench-kernels bench-step clean
+.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-decoding bench-tiny bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +80,14 @@ bench-decoding: $(VENV)/.ready
 	  --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --max-new-tokens 64 \
 	  --work runs/sources --record cpu
 	$(BIN)/python benchmarks/decoding/sources_report.py
+
+# the model of `make train-tiny` and its consistency LLM, against every other way to decode them
+bench-tiny: $(VENV)/.ready
+	test -d runs/tiny/cllm/best_checkpoint || $(MAKE) train-tiny
+	$(BIN)/python benchmarks/decoding/compare.py --base runs/tiny/base \
+	  --cllm-weights runs/tiny/cllm/best_checkpoint --tasks recipes/tiny/tasks.yaml \
+	  --limit 16 --block-size 8 --work runs/compare --record cpu --name compare_tiny
+	$(BIN)/python benchmarks/decoding/compare_report.py
 
 # records for this device, then plots and the section of docs/performance.md
 BENCH_DEVICE ?= cpu

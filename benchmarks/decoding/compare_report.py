@@ -27,7 +27,13 @@ MARKERS, README_MARKERS = (
     )
     for name in ("decoding", "speed")
 )
-NAMES = ("compare_bfloat16", "compare_float32", "compare_float16", "compare_batches_bfloat16")
+NAMES = (
+    "compare_bfloat16",
+    "compare_float32",
+    "compare_float16",
+    "compare_batches_bfloat16",
+    "compare_tiny",
+)
 # Kou et al. 2024, arXiv 2403.00835: times one-token decoding of the same 7B weights, one A100 of
 # 40 GB, batch 1. Untrained weights gain 1.0 to 1.1 there.
 PAPER = {

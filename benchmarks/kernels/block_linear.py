@@ -31,6 +31,8 @@ from cllm_kernels.block_linear import OP
 # (rows, layers, N, H): the gate projections of SmolLM2-135M, and of a model of 7B on a GPU. A call
 # is one after the other, as a forward meets them, so that every weight comes from memory.
 CPU = [(rows, 30, 1536, 576) for rows in (1, 4, 8, 16, 32, 64)]
+# up-projections of GPT-2, whose weights lie across in memory: [H, N]
+ACROSS = [(rows, 24, 3072, 768) for rows in (1, 4, 8, 16, 32, 64)]
 CUDA = [(rows, 4, 11008, 4096) for rows in (1, 16, 64)]
 QUICK = [(5, 2, 60, 33)]
 RANK = 32
@@ -40,7 +42,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
 
 def case(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, gated: bool
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    gated: bool = False,
+    across: bool = False,
 ) -> Case:
     rows, layers, columns, width = shape
     rank = RANK if gated else 0
@@ -52,7 +59,12 @@ def case(
 
         return {
             "x": random(rows, width),
-            "weights": [random(columns, width, scale=width**-0.5) for _ in range(layers)],
+            "weights": [
+                random(width, columns, scale=width**-0.5).t()
+                if across
+                else random(columns, width, scale=width**-0.5)
+                for _ in range(layers)
+            ],
             "pairs": [
                 (random(rank, width, scale=width**-0.5), random(columns, rank, scale=rank**-0.5))
                 for _ in range(layers if gated else 0)
@@ -95,9 +107,18 @@ def case(
     moved = layers * numbers * itemsize(dtype)
     label = f"{short(dtype)} [{rows}, {width}] x {layers} of [{columns}, {width}]"
     return Case(
-        name=label + (f", rank {rank} in half of the rows" if gated else ""),
+        name=label
+        + (f", rank {rank} in half of the rows" if gated else "")
+        + (", across" if across else ""),
         dtype=dtype,
-        shape={"rows": rows, "layers": layers, "N": columns, "H": width, "rank": rank},
+        shape={
+            "rows": rows,
+            "layers": layers,
+            "N": columns,
+            "H": width,
+            "rank": rank,
+            "across": across,
+        },
         make_inputs=inputs,
         variants=[
             Variant("torch linear", "baseline", torchs(eager), flop, moved),
@@ -112,9 +133,12 @@ def case(
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     shapes = QUICK if quick else CUDA if device.type == "cuda" else CPU
-    plain = [case(shape, dtype, device, False) for dtype in DTYPES for shape in shapes]
+    plain = [case(shape, dtype, device) for dtype in DTYPES for shape in shapes]
     pairs = [shape for shape in shapes if quick or shape[0] in (8, 16)]
-    return plain + [case(shape, dtype, device, True) for dtype in DTYPES for shape in pairs]
+    gated = [case(shape, dtype, device, gated=True) for dtype in DTYPES for shape in pairs]
+    lying = [] if device.type == "cuda" else QUICK if quick else ACROSS
+    across = [case(shape, dtype, device, across=True) for dtype in DTYPES for shape in lying]
+    return plain + gated + across
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:

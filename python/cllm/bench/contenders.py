@@ -274,11 +274,15 @@ def _gated(**changes: Any) -> Callable[[Setup], Decode]:
     return make
 
 
-def _weights(setup: Setup) -> Decode:
-    if setup.cllm_weights is None:
-        raise Absent("no CLLM weights were given (--cllm-weights)")
-    model = load_model(setup.cllm_weights, setup)
-    return _cllm(model, _config(setup, {"block_size": "auto"}))
+def _weights(**changes: Any) -> Callable[[Setup], Decode]:
+    """The same with weights that were trained for it; the text is theirs."""
+
+    def make(setup: Setup) -> Decode:
+        if setup.cllm_weights is None:
+            raise Absent("no CLLM weights were given (--cllm-weights)")
+        return _cllm(load_model(setup.cllm_weights, setup), _config(setup, changes))
+
+    return make
 
 
 EAGER = "HuggingFace"
@@ -298,7 +302,9 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, adapter, looked up": _gated(),
     "cllm, adapter, tree": _gated(candidates=2),
     "cllm, adapter, automatic": _gated(block_size="auto"),
-    "CLLM weights, looked up": _weights,
+    "CLLM weights": _weights(lookup=0),
+    "CLLM weights, looked up, pool": _weights(),
+    "CLLM weights, automatic": _weights(block_size="auto"),
 }
 # those that time their own forwards before they decode
-TUNED = {"cllm, automatic", "cllm, adapter, automatic", "CLLM weights, looked up"}
+TUNED = {"cllm, automatic", "cllm, adapter, automatic", "CLLM weights, automatic"}
