@@ -67,6 +67,7 @@ def test_quick_run_of_all_variants(op):
     check(run(op, "--quick", "--no-memory"), left_out=False)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_process_of_its_own():
     """The full logits of the eager formula show, and the result is told apart."""
     module = import_module("benchmarks.kernels.linear_argmax")

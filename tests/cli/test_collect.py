@@ -141,6 +141,7 @@ for number, moment in enumerate(moments):
 """
 
 
+@pytest.mark.slow
 def test_ended_at_random_moments_and_continued(
     collect, whole, tmp_path, model_folder, prompts_file
 ):
@@ -178,6 +179,7 @@ def test_ended_at_random_moments_and_continued(
     assert rows(output) == rows(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_files(whole, tmp_path, model_folder, prompts_file):
     output = tmp_path / "out"
     options = ("--model", model_folder, "--prompts", prompts_file, "--output", output, *SMALL)

@@ -104,6 +104,7 @@ def test_one_text_for_every_way_of_decoding(
     assert torch.equal(alone[0], expected[row][max(lengths) - lengths[row] :][: alone.shape[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"top_k": 0}, {"temperature": 1.7, "top_k": 40, "top_p": 0.9}],

@@ -334,6 +334,7 @@ def test_empty_inputs(backend, device):
             assert out.shape == q.shape
 
 
+@pytest.mark.slow
 @everywhere(OP)
 def test_offsets_beyond_32_bits(backend, device, tmp_path):
     """Rows, heads and slots whose offsets pass 2^31 elements, in a sparse file."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = 99 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_triton_kernel_for_three_generations():
     if reason := _triton_reason():
@@ -52,6 +53,7 @@ def test_every_triton_kernel_for_three_generations():
     assert not too_large
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda p: p.name
 )
