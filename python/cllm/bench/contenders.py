@@ -304,6 +304,7 @@ CONTENDERS: dict[str, Callable[[Setup], Decode]] = {
     "cllm, adapter, automatic": _gated(block_size="auto"),
     "CLLM weights": _weights(lookup=0),
     "CLLM weights, looked up, pool": _weights(),
+    "CLLM weights, looked up, pool, tree": _weights(candidates=2),
     "CLLM weights, automatic": _weights(block_size="auto"),
 }
 # those that time their own forwards before they decode
