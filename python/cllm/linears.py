@@ -23,7 +23,7 @@ import cllm_kernels
 
 # More rows are a matter of arithmetic, not of memory, and torch's.
 MOST_ROWS = 64
-# The same of a `Conv1D` in 16 bits, whose weight has to be widened (docs/performance.md).
+# The same of a `Conv1D` in 16 bits, whose weights are widened one by one (docs/architecture.md).
 _MOST_ROWS_ACROSS = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
