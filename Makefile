@@ -46,7 +46,7 @@ $(VENV)/oldest/.ready: $(VENV)/.ready
 
 test-oldest: $(VENV)/oldest/.ready
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/decoding -p no:cacheprovider \
-		--hypothesis-profile few -n auto --dist worksteal -m 'not slow'
+		--hypothesis-profile few -n auto --dist worksteal
 
 $(VENV)/.lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[lint]'

@@ -83,6 +83,12 @@ def write_record(record: dict[str, Any], folder: str, name: str) -> Path:
     return path
 
 
+def rewrite_page(page: Path, markers: tuple[str, ...], text: str) -> None:
+    """`rewrite` a file, and say which."""
+    page.write_text(rewrite(page.read_text(), *markers, text))
+    print(page)
+
+
 def rewrite(page: str, begin: str, end: str, text: str) -> str:
     """The page with `text` between its markers. ValueError where it has none."""
     if page.count(begin) != 1 or page.count(end) != 1:

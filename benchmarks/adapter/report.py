@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.harness import RESULTS, rewrite
+from benchmarks.harness import RESULTS, rewrite_page
 from benchmarks.pages import percent, ratio, record, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -243,9 +243,7 @@ def cost_section(costs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    page = docs / "results.md"
-    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
-    print(page)
+    rewrite_page(docs / "results.md", MARKERS, section(results))
 
 
 if __name__ == "__main__":

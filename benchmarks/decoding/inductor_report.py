@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.decoding.inductor import won_back
-from benchmarks.harness import RESULTS, rewrite
+from benchmarks.harness import RESULTS, rewrite_page
 from benchmarks.pages import ratio, record, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -51,9 +51,7 @@ def section(results: Path) -> str:
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    page = docs / "performance.md"
-    page.write_text(rewrite(page.read_text(), *MARKERS, section(results)))
-    print(page)
+    rewrite_page(docs / "performance.md", MARKERS, section(results))
 
 
 if __name__ == "__main__":

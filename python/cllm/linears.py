@@ -23,8 +23,7 @@ import cllm_kernels
 
 # More rows are a matter of arithmetic, not of memory, and torch's.
 MOST_ROWS = 64
-# The same of a `Conv1D` in 16 bits, whose weights are widened one by one (docs/architecture.md).
-_MOST_ROWS_ACROSS = 16
+_MOST_ROWS_WIDENED = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
@@ -111,6 +110,12 @@ def _plain(module: torch.nn.Module, kind: type) -> bool:
     return type(weight) is torch.nn.Parameter and known
 
 
+def most_rows(dtype: torch.dtype, across: bool) -> int:
+    """That `block_linear` is faster for; of a weight that lies across, [in, out], in 16 bits fewer,
+    as its entries are widened one by one."""
+    return _MOST_ROWS_WIDENED if across and dtype is not torch.float32 else MOST_ROWS
+
+
 def replaced(module: torch.nn.Module) -> bool:
     """Whether the forward of `module` is one from here right now."""
     return module in _users
@@ -192,8 +197,7 @@ def _few(module: Any, x: Tensor) -> bool:
     """Whether `block_linear` may stand for torch's product."""
     if x.dim() == 0 or x.dtype is not module.weight.dtype:
         return False
-    widened = type(module) is Conv1D and x.dtype is not torch.float32
-    if x.numel() > (_MOST_ROWS_ACROSS if widened else MOST_ROWS) * x.shape[-1]:
+    if x.numel() > most_rows(x.dtype, type(module) is Conv1D) * x.shape[-1]:
         return False
     # which would multiply in another dtype
     return not torch.is_autocast_enabled(x.device.type)

@@ -12,6 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import cllm
+import cllm_kernels
 from cllm.decoding import inductor
 
 from .tiny_models import fresh_model, prompts
@@ -166,6 +167,37 @@ def test_what_cannot_be_compiled_goes_on_as_it_is(monkeypatch):
     # nobody is told twice, and nothing is tried again
     monkeypatch.setattr(inductor, "_lowered", None)
     assert torch.equal(decoded(model), expected)
+
+
+def test_autocast_is_not_compiled(lowered):
+    model = fresh_model("gemma3")
+    wanted: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, block_size=3)
+    decoded(model)  # finds the layout
+    lowered.runs = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = cllm.generate(model, **INPUTS, **wanted, compile="off")
+        with pytest.warns(UserWarning, match="autocast is on"):
+            found = cllm.generate(model, **INPUTS, **wanted, compile="inductor")
+    assert torch.equal(found, expected) and not lowered.runs
+
+
+def test_what_is_not_compiled_has_the_linear_layers_of_few_rows(monkeypatch):
+    """Prompts, and forwards whose compilation failed."""
+    rows: list[int] = []
+    own = cllm_kernels.block_linear
+
+    def counted(x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.append(x.numel() // x.shape[-1])
+        return own(x, *args, **kwargs)
+
+    monkeypatch.setattr(cllm_kernels, "block_linear", counted)
+    monkeypatch.setattr(inductor, "_lowered", None)
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        cllm.generate(
+            fresh_model("gpt-neox"), **INPUTS, max_new_tokens=9, do_sample=False, block_size=3,
+            compile="inductor",
+        )  # fmt: skip
+    assert {22, 6} <= set(rows)  # two prompts of up to 11 tokens, two windows of 3
 
 
 def test_layouts_that_follow_the_text_are_not_compiled(lowered):

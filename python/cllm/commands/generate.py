@@ -165,6 +165,8 @@ def generate(
         settings["pool"] = pool
     if candidates > 1:
         settings["candidates"] = candidates
+    if compile is Compile.inductor:  # graphs round as what they capture
+        settings["compile"] = compile.value
     if sampling:
         settings["sampling"] = sampling
 

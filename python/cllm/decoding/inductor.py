@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..linears import DTYPES, MOST_ROWS
+from ..linears import DTYPES, block_linears, most_rows
 from .cache import RaggedCache, round_up
 from .forward import BlockForward
 from .layouts import Layout
-from .support import ModelTraits
-from .uncompiled import is_compiled
+from .support import ModelTraits, model_device
+from .uncompiled import any_compiled
 
 # A cache's size is a multiple of so many slots: attention goes over all of them, and every size is
 # compiled for itself.
@@ -47,13 +47,13 @@ _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, Callable[..., Any] | No
 
 def check_compilable(model: Any) -> None:
     """Raises ValueError where ``compile="inductor"`` cannot be: on a GPU, or compiled already."""
-    device = model.get_input_embeddings().weight.device
+    device = model_device(model)
     if device.type != "cpu":
         raise ValueError(
             f"compile='inductor' is for models on a CPU, but this one is on {device}; leave "
             "compile out, which captures CUDA graphs"
         )
-    if any(is_compiled(module) for module in model.modules()):
+    if any_compiled(model):
         raise ValueError(
             "compile='inductor' compiles the model by itself, but torch.compile was at this one "
             "already; leave compile out, or pass a model that it was not at"
@@ -73,13 +73,23 @@ class CompiledForward(BlockForward):
     ):
         shape: dict[str, Any] = dict(slots=round_up(slots, _STEP), layout=layout, **others)
         super().__init__(model, traits, **shape, fixed=True)
-        self.plan.indexed = True
         # tensors that share memory and are written to are one to the compiler, and copied
         self.plan.storage = None
         self._seen: _SeenCache | None = None
-        self._compiles = layout.attention == "compiled"
-        if not self._compiles:
-            _warn(model, f"its layout is {layout}")
+        problem = None
+        if layout.attention != "compiled":
+            problem = f"its layout is {layout}"
+        elif torch.is_autocast_enabled(self.plan.device.type):
+            problem = "autocast is on, and would multiply in another dtype than block_linear"
+        self._compiles = self.plan.indexed = problem is None
+        if problem is not None:
+            _warn(model, problem)
+
+    def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """As `BlockForward.prefill`."""
+        # which the layout leaves out, so that they are not traced
+        with block_linears(self.model):
+            super().prefill(input_ids, lengths)
 
     def prefill_width(self, input_ids: torch.Tensor) -> int | None:
         """As `BlockForward.prefill_width`: prompts are not compiled, and so not padded."""
@@ -88,7 +98,7 @@ class CompiledForward(BlockForward):
     def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
         # a prompt of one token has left no storage yet
         if not self._compiles or not len(self.cache):
-            return super()._logits(tokens, positions, masks)
+            return self._uncompiled(tokens, positions, masks)
         if self._seen is None:
             self._seen = _SeenCache(self.cache)
         assert self.plan.slots is not None
@@ -105,7 +115,13 @@ class CompiledForward(BlockForward):
                 _warn(self.model, _reason(failure))
         self._compiles = False
         # what a failed one wrote is written again, to the same slots
-        return super()._logits(tokens, positions, masks)
+        return self._uncompiled(tokens, positions, masks)
+
+    def _uncompiled(
+        self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any
+    ) -> torch.Tensor:
+        with block_linears(self.model):
+            return super()._logits(tokens, positions, masks)
 
 
 # What compiling fails with: dynamo's and inductor's own errors are RuntimeErrors, the others come
@@ -223,7 +239,7 @@ def _backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if node.op != "call_function":
             continue
         given = _linear(node)
-        if given is None or not _few(given[0], given[1]):
+        if given is None or not _few(*given):
             continue
         x, weight, bias, across = given
         with graph.graph.inserting_before(node):
@@ -250,18 +266,23 @@ def _linear(node: torch.fx.Node) -> tuple[Any, Any, Any, bool] | None:
         return given["input"], given["weight"], given.get("bias"), False
     if node.target is torch.addmm and not node.kwargs:
         bias, x, weight = node.args
-        shape = getattr(_value(bias), "shape", ())
-        return (x, weight, bias, True) if len(shape) == 1 else None
+        return x, weight, bias, True
     return None
 
 
-def _few(x: Any, weight: Any) -> bool:
+def _few(x: Any, weight: Any, bias: Any, across: bool) -> bool:
     """Whether `block_linear` is made for these, nodes of the graph."""
-    rows, columns = _value(x), _value(weight)
+    rows, columns, added = _value(x), _value(weight), _value(bias)
     if not (isinstance(rows, torch.Tensor) and isinstance(columns, torch.Tensor)):
         return False
-    fits = rows.dtype in DTYPES and rows.dtype is columns.dtype and columns.dim() == 2
-    return fits and rows.dim() > 0 and rows.numel() <= MOST_ROWS * rows.shape[-1]
+    if rows.dtype not in DTYPES or rows.dtype is not columns.dtype:
+        return False
+    if rows.dim() == 0 or columns.dim() != 2:
+        return False
+    out = columns.shape[1:] if across else columns.shape[:1]
+    if bias is not None and getattr(added, "shape", None) != out:
+        return False
+    return rows.numel() <= most_rows(rows.dtype, across) * rows.shape[-1]
 
 
 def _value(node: Any) -> Any:

@@ -23,7 +23,7 @@ def uncompiled(model: Any) -> Iterator[None]:
     can be traced. The stance is that of the whole process: other threads' compiled models run
     eagerly meanwhile, too. The last concurrent call to leave puts it back.
     """
-    if not any(is_compiled(module) for module in model.modules()):
+    if not any_compiled(model):
         yield
         return
     global _calls, _stance
@@ -40,7 +40,12 @@ def uncompiled(model: Any) -> Iterator[None]:
                 _stance.__exit__(None, None, None)
 
 
-def is_compiled(module: Any) -> bool:
+def any_compiled(model: Any) -> bool:
+    """Whether `torch.compile` was at `model`, or at a part of it."""
+    return any(_compiled(module) for module in model.modules())
+
+
+def _compiled(module: Any) -> bool:
     """Whether this very module is compiled: in place, wrapped, or by its forward."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
