@@ -88,6 +88,12 @@ bench-tiny: $(VENV)/.ready
 	  --cllm-weights runs/tiny/cllm/best_checkpoint --tasks recipes/tiny/tasks.yaml \
 	  --limit 16 --block-size 8 --work runs/compare --record cpu --name compare_tiny
 	$(BIN)/python benchmarks/decoding/compare_report.py
+	for name in base cllm/best_checkpoint; do \
+	  $(BIN)/python benchmarks/decoding/sources.py --base runs/tiny/$$name \
+	    --tasks recipes/tiny/tasks.yaml --block-size 8 --work runs/sources --record cpu \
+	    --name guess_sources_tiny_$${name%/best_checkpoint} || exit 1; \
+	done
+	$(BIN)/python benchmarks/decoding/sources_report.py
 
 # records for this device, then plots and the section of docs/performance.md
 BENCH_DEVICE ?= cpu

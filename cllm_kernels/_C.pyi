@@ -54,6 +54,9 @@ def guess_window_cpu(
     longest: int,
     least: int,
     end: int,
+    odds: int,
+    proposed: int,
+    since: int,
     threads: int,
 ) -> None: ...
 def guess_pool_add_cpu(

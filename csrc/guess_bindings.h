@@ -11,7 +11,8 @@ inline void bind_guesses(pybind11::module_& module) {
     module.def("guess_window_cpu",
                [](uintptr_t window, uintptr_t latest, uintptr_t sequences, uintptr_t generated,
                   uintptr_t starts, int64_t rows, int64_t n, int64_t vocabulary, int64_t width,
-                  int64_t longest, int64_t least, int64_t end, int threads) {
+                  int64_t longest, int64_t least, int64_t end, uintptr_t odds, uintptr_t proposed,
+                  uintptr_t since, int threads) {
                    const GuessWindow guess{reinterpret_cast<int64_t*>(window),
                                            reinterpret_cast<const int64_t*>(latest),
                                            reinterpret_cast<const int64_t*>(sequences),
@@ -23,7 +24,10 @@ inline void bind_guesses(pybind11::module_& module) {
                                            width,
                                            longest,
                                            least,
-                                           end};
+                                           end,
+                                           reinterpret_cast<int64_t*>(odds),
+                                           reinterpret_cast<int64_t*>(proposed),
+                                           reinterpret_cast<int64_t*>(since)};
                    pybind11::gil_scoped_release release;
                    guess_window_cpu(guess, threads);
                });

@@ -55,7 +55,18 @@ struct GuessWindow {
     int64_t longest;
     int64_t least;
     int64_t end;  // columns of sequences that are looked at
+    // All three or none: how often each kind of guess was right (own, pool, text by the length of
+    // the end that was found again), what each source proposed behind its kind, and where in the
+    // text that was.
+    int64_t* odds;      // [rows, 2 + longest, 2] right and wrong in kGuess, mutated, or null
+    int64_t* proposed;  // [rows, 3, n], mutated
+    int64_t* since;     // [rows], mutated
 };
+
+// A guess that was right or wrong counts as much, and both counts are halved beyond the memory: the
+// same numbers as in cllm_kernels/guess_window/reference.py.
+constexpr int64_t kGuess = 1024;
+constexpr int64_t kGuessMemory = 32 * kGuess;
 
 void guess_window_cpu(const GuessWindow& guess, int threads);
 

@@ -30,10 +30,13 @@ SOURCES: dict[str, tuple[dict[str, Any], bool]] = {
     "predictions left over": ({"lookup": 0, "pool": False}, False),
     "looked up": ({"pool": False}, False),
     "pool": ({"lookup": 0, "pool": True}, False),
+    "looked up, pool, in order": ({"guesses": "ordered"}, False),
     "looked up, pool": ({}, False),
+    "looked up, pool, 2 candidates, in order": ({"guesses": "ordered", "candidates": 2}, False),
     "looked up, pool, 2 candidates": ({"candidates": 2}, False),
     "looked up, pool, 4 candidates": ({"candidates": 4}, False),
     "adapter": ({"lookup": 0}, True),
+    "adapter, looked up, in order": ({"guesses": "ordered"}, True),
     "adapter, looked up": ({}, True),
     "adapter and looked up, pool, 2 candidates": ({"candidates": 2}, True),
     "adapter and looked up, pool, 4 candidates": ({"candidates": 4}, True),
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--work", type=Path, required=True, help="keeps what is finished")
     parser.add_argument("--record", metavar="FOLDER", help="folder in benchmarks/results/")
+    parser.add_argument("--name", default="guess_sources", help="of the record")
     options = parser.parse_args()
     model, tokenizer = load(options.base, "float32", "cpu")
     adapter = None if options.adapter is None else cllm.GatedAdapter.load(options.adapter)
@@ -100,7 +104,7 @@ def main() -> None:
         "tasks": found,
     }
     if options.record:
-        print(write_record(record, options.record, "guess_sources"))
+        print(write_record(record, options.record, options.name))
     else:
         print(json.dumps(record, indent=1))
 

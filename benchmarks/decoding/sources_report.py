@@ -1,4 +1,4 @@
-"""Writes the record of sources.py into docs/performance.md.
+"""Writes the records of sources.py into docs/performance.md.
 
 python benchmarks/decoding/sources_report.py
 """
@@ -14,7 +14,7 @@ from benchmarks.harness import RESULTS, rewrite_page
 from benchmarks.pages import record, source, table
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAME = "guess_sources"
+NAMES = ("guess_sources", "guess_sources_tiny_base", "guess_sources_tiny_cllm")
 MARKERS = (
     "<!-- sources: begin (written by benchmarks/decoding/sources_report.py) -->",
     "<!-- sources: end -->",
@@ -22,27 +22,31 @@ MARKERS = (
 
 
 def section(results: Path) -> str:
-    found = record(results, NAME)
+    parts = [one for one in (_part(results, name) for name in NAMES) if one is not None]
+    return "\n\n".join(parts) or "Nothing has been recorded yet."
+
+
+def _part(results: Path, name: str) -> str | None:
+    found = record(results, name)
     if found is None:
-        return "Nothing has been recorded yet."
+        return None
     tasks: dict[str, Any] = found["tasks"]
-    names = list(dict.fromkeys(name for task in tasks.values() for name in task["sources"]))
     rows = []
-    for name in names:
+    for guesses in dict.fromkeys(one for task in tasks.values() for one in task["sources"]):
         cells, same, texts = [], 0, 0
         for task in tasks.values():
-            one = task["sources"].get(name)
+            one = task["sources"].get(guesses)
             cells.append("" if one is None else f"{one['tokens_per_forward']:.2f}")
             if one is not None:
                 same, texts = same + one["same"], texts + task["prompts"]
-        rows.append([name, *cells, f"{same} of {texts}"])
+        rows.append([guesses, *cells, f"{same} of {texts}"])
     sizes = [
-        f"{name}: {task['prompts']} prompts of up to {task['max_new_tokens']} tokens"
-        for name, task in tasks.items()
+        f"{title}: {task['prompts']} prompts of up to {task['max_new_tokens']} tokens"
+        for title, task in tasks.items()
     ]
     return "\n".join(
         [
-            source(found, NAME),
+            source(found, name),
             f"{found['model']}, fp32, n = {found['block_size']}; {'; '.join(sizes)}. Every forward "
             "counts but the prefill; texts are compared with those of the first line.",
             "",

@@ -1,7 +1,8 @@
 """Better guesses for the windows of a decoding batch: one launch beside dozens.
 
 Half of the texts repeat themselves, so that the text gives their guesses; of the others all of the
-text is searched, and the guesses are a chain through the pool. A call takes microseconds, so a
+text is searched, and the guesses are a chain through the pool. Where the sources are weighed by how
+often each was right, every row has both; of the calls of a sample the first counts. A call takes microseconds, so a
 sample is `CALLS` of them: a window that has its guesses gets the same again. On a GPU the same
 calls are also replayed as a CUDA graph, which is how a decoding loop runs them.
 
@@ -27,11 +28,14 @@ from cllm_kernels.guess_window import OP, reference
 SIZES = [(1, 4, 512, 49152), (8, 8, 2048, 49152), (64, 16, 1024, 16384)]  # (B, n, L, V)
 QUICK = [(2, 4, 40, 97)]
 CALLS = 32
-LONGEST, LEAST = 3, 2
+LONGEST, LEAST = 8, 2
 ORDER = ("window", "latest", "sequences", "generated", "starts")
+KEPT = ("odds", "proposed", "since")
 
 
-def state(rows: int, n: int, width: int, vocabulary: int) -> Callable[[torch.device], Inputs]:
+def state(
+    rows: int, n: int, width: int, vocabulary: int, weighed: bool
+) -> Callable[[torch.device], Inputs]:
     def make(device: torch.device) -> Inputs:
         text = torch.randint(0, vocabulary, (rows, width))
         period = width // 3
@@ -45,23 +49,29 @@ def state(rows: int, n: int, width: int, vocabulary: int) -> Callable[[torch.dev
             "generated": generated,
             "starts": torch.zeros(rows, dtype=torch.int64),
         }
+        if weighed:
+            made["odds"] = torch.full((rows, 2 + LONGEST, 2), reference.GUESS)
+            made["proposed"] = torch.zeros((rows, 3, n), dtype=torch.int64)
+            made["since"] = generated - n
         return {name: tensor.to(device) for name, tensor in made.items()}
 
     return make
 
 
 def written_out(*arguments: Tensor) -> None:
-    reference.guess_window(*arguments, LONGEST, LEAST, arguments[2].shape[1])
+    end = arguments[2].shape[1]
+    reference.guess_window(*arguments[:5], LONGEST, LEAST, end, *arguments[5:])
 
 
 def op(*arguments: Tensor) -> None:
-    cllm_kernels.guess_window(*arguments, longest=LONGEST, least=LEAST)
+    kept = dict(zip(KEPT, arguments[5:], strict=False))
+    cllm_kernels.guess_window(*arguments[:5], longest=LONGEST, least=LEAST, **kept)
 
 
 def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
         window = inputs["window"].clone()
-        arguments = (window, *(inputs[name] for name in ORDER[1:]))
+        arguments = (window, *(inputs[name] for name in (*ORDER[1:], *KEPT) if name in inputs))
 
         def call() -> Tensor:
             for _ in range(CALLS):
@@ -73,14 +83,18 @@ def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
     return build
 
 
-def case(rows: int, n: int, width: int, vocabulary: int, device: torch.device) -> Case:
+def case(
+    rows: int, n: int, width: int, vocabulary: int, weighed: bool, device: torch.device
+) -> Case:
     # the text, two numbers a row, the window read and written, an entry of the pool a guess
     moved = 8 * rows * (width + 2 + 2 * n + n - 1)
+    if weighed:  # proposals and what has become of them, the counts and the place
+        moved += 8 * rows * (2 * 3 * n + n - 1 + 2 * 2 * (2 + LONGEST) + 2)
     return Case(
-        name=f"B={rows} n={n} L={width}",
+        name=f"B={rows} n={n} L={width}{' weighed' if weighed else ''}",
         dtype=torch.float32,  # of the ceiling only: the op has no floating-point number
-        shape={"B": rows, "n": n, "L": width, "V": vocabulary, "calls": CALLS},
-        make_inputs=state(rows, n, width, vocabulary),
+        shape={"B": rows, "n": n, "L": width, "V": vocabulary, "weighed": weighed, "calls": CALLS},
+        make_inputs=state(rows, n, width, vocabulary, weighed),
         variants=launch_variants(OP, device, eager, written_out, op, moved),
         flop_floor=0,
         bytes_floor=moved,
@@ -88,7 +102,8 @@ def case(rows: int, n: int, width: int, vocabulary: int, device: torch.device) -
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    return [case(*sizes, device) for sizes in (QUICK if quick else SIZES)]
+    sizes = QUICK if quick else SIZES
+    return [case(*one, weighed, device) for one in sizes for weighed in (False, True)]
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:

@@ -48,6 +48,9 @@ def guess_window(
     longest: int = 3,
     least: int = 1,
     end: int | None = None,
+    odds: Tensor | None = None,
+    proposed: Tensor | None = None,
+    since: Tensor | None = None,
 ) -> None:
     """Puts better guesses behind the first token of every row's window.
 
@@ -63,10 +66,18 @@ def guess_window(
             where none is known. A token outside of [0, V) has none.
         sequences: [B, L] or None, of row b the text in columns starts[b] .. generated[b] - 1; given
             with generated [B] and starts [B].
-        longest: most tokens of the text's end that are compared, at least 1.
+        longest: most tokens of the text's end that are compared, at least 1; with `odds` at least
+            0, for which no text is searched.
         least: fewest that must be found again for the text to guess, at least 1.
         end: columns of sequences that are looked at, 1 to L, or None: all; no row's text may go
             beyond it. It spares the reference work.
+        odds: [B, 2 + longest, 2] or None, mutated; given with proposed, since and sequences. How
+            often a kind of guess was right and how often it was wrong, in units of `GUESS`: the
+            window's own, the pool's, and text's by the tokens of the end that were found again.
+            Both are halved where they come to more than `MEMORY`.
+        proposed: [B, 3, n], mutated: of window, pool and text the kind of their guesses, -1 where
+            there are none, and the guesses.
+        since: [B], mutated: `generated` when those were made; -1: none were.
 
     Raises:
         ValueError: a shape, layout, device or number that does not fit, or nothing to guess from.
@@ -91,17 +102,58 @@ def guess_window(
         end = columns if end is None else end
         if not 1 <= end <= columns:
             raise ValueError(f"guess_window: end must be from 1 to L = {columns}, not {end}")
-        for name, value in (("longest", longest), ("least", least)):
-            if value < 1:
-                raise ValueError(f"guess_window: {name} must be at least 1, not {value}")
+        for name, value, lowest in (("longest", longest, odds is None), ("least", least, 1)):
+            if value < lowest:
+                raise ValueError(f"guess_window: {name} must be at least {+lowest}, not {value}")
     elif latest is None:
         raise ValueError("guess_window: nothing to guess from; pass latest, sequences or both")
+    if odds is not None:
+        tensors += _check_odds(window, sequences, longest, odds, proposed, since)
     guess = (
         OP.resolve(window.device)
         if eager(*tensors)
         else torch.ops.cllm_kernels.guess_window.default
     )
-    guess(window, latest, sequences, generated, starts, longest, least, end or 0)
+    guess(
+        window,
+        latest,
+        sequences,
+        generated,
+        starts,
+        longest,
+        least,
+        end or 0,
+        odds,
+        proposed,
+        since,
+    )
+
+
+def _check_odds(
+    window: Tensor,
+    sequences: Tensor | None,
+    longest: int,
+    odds: Tensor,
+    proposed: Tensor | None,
+    since: Tensor | None,
+) -> tuple[Tensor, ...]:
+    rows, n = window.shape
+    if sequences is None:
+        raise ValueError(
+            "guess_window: odds needs sequences, which tell what was right; pass it too"
+        )
+    if proposed is None or since is None:
+        missing = f"proposed, [{rows}, 3, {n}]" if proposed is None else f"since, [{rows}]"
+        raise ValueError(f"guess_window: odds needs {missing} int64; pass it too")
+    named = {"odds": odds, "proposed": proposed, "since": since}
+    wanted = {"odds": (rows, 2 + longest, 2), "proposed": (rows, 3, n), "since": (rows,)}
+    for name, tensor in named.items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(
+                f"guess_window: {name} must be {list(wanted[name])}, not {shape_text(tensor)}"
+            )
+    check_int64("guess_window", ("window", window), **named)
+    return odds, proposed, since
 
 
 def _check(name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
@@ -118,7 +170,8 @@ def _check(name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
 
 LIBRARY.define(
     "guess_window(Tensor(a!) window, Tensor? latest, Tensor? sequences, Tensor? generated, "
-    "Tensor? starts, int longest, int least, SymInt end) -> ()",
+    "Tensor? starts, int longest, int least, SymInt end, Tensor(b!)? odds, Tensor(c!)? proposed, "
+    "Tensor(d!)? since) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

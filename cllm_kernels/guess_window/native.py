@@ -19,6 +19,9 @@ def guess_window_cpu(
     longest: int,
     least: int,
     end: int,
+    odds: Tensor | None,  # [B, 2 + longest, 2], mutated
+    proposed: Tensor | None,  # [B, 3, n], mutated
+    since: Tensor | None,  # [B], mutated
 ) -> None:
     """The C++ kernel."""
     rows, n = window.shape
@@ -35,5 +38,8 @@ def guess_window_cpu(
         longest,
         least,
         end,
+        0 if odds is None else odds.data_ptr(),
+        0 if proposed is None else proposed.data_ptr(),
+        0 if since is None else since.data_ptr(),
         torch.get_num_threads(),
     )

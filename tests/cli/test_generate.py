@@ -236,7 +236,13 @@ def test_an_automatic_block_size_gives_the_same_rows(run, batch, whole, tmp_path
 
 @pytest.mark.parametrize(
     "options",
-    [("--no-pool",), ("--pool", "--lookup", 0), ("--candidates", 3), ("--compile", "off")],
+    [
+        ("--no-pool",),
+        ("--pool", "--lookup", 0),
+        ("--guesses", "ordered"),
+        ("--candidates", 3),
+        ("--compile", "off"),
+    ],
 )
 def test_where_guesses_come_from_changes_no_row(run, batch, whole, tmp_path, options):
     result = run(*batch, *options, "--output", tmp_path / "rows.jsonl")
@@ -253,10 +259,10 @@ def test_the_options_of_guesses_reach_the_decoder(run, batch, monkeypatch):
         raise MemoryError("seen")
 
     monkeypatch.setattr(generate._Run, "_decode", decode)
-    run(*batch, "--no-pool", "--candidates", 3, "--compile", "off")
+    run(*batch, "--no-pool", "--guesses", "ordered", "--candidates", 3, "--compile", "off")
     run(*batch)
-    given = [(config.pool, config.candidates, config.compile) for config in seen]
-    assert given == [(False, 3, "off"), (None, 1, None)]
+    given = [(config.pool, config.guesses, config.candidates, config.compile) for config in seen]
+    assert given == [(False, "ordered", 3, "off"), (None, "adaptive", 1, None)]
 
 
 @pytest.mark.parametrize(

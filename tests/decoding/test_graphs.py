@@ -219,7 +219,7 @@ def test_settings_that_are_fixed_in_a_capture_are_told_apart(recorder):
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9, 4])
     expected = greedy(model, inputs, max_new_tokens=20)
     changes = [{}, {"lookup": 2}, {"lookup_least": 1}, {"accept": "one"}, {"fill": "last"}]
-    changes += [{"candidates": 1, "pool": False}, {"candidates": 2}]
+    changes += [{"guesses": "ordered"}, {"candidates": 1, "pool": False}, {"candidates": 2}]
     for count, change in enumerate((*changes, changes[-1]), start=1):
         found = graphed(model, inputs, max_new_tokens=20, **change)
         assert torch.equal(found.sequences, expected)

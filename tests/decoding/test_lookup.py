@@ -100,7 +100,9 @@ def test_recorded_windows_hold_what_was_looked_up():
         **inputs,
         max_new_tokens=40,
         block_size=5,
+        lookup=3,
         lookup_least=1,
+        guesses="ordered",
         record_trajectories=True,
         return_dict_in_generate=True,
     )
@@ -146,7 +148,8 @@ def test_bad_settings(settings, message):
 
 
 def test_what_none_stands_for():
-    assert cllm.JacobiConfig().longest_lookup == 3
+    assert cllm.JacobiConfig().longest_lookup == 8
+    assert cllm.JacobiConfig(candidates=2).longest_lookup == 3
     assert cllm.JacobiConfig(mode="block").longest_lookup == 0
-    assert cllm.JacobiConfig(lookup_least=5).longest_lookup == 5
+    assert cllm.JacobiConfig(lookup_least=9).longest_lookup == 9
     assert cllm.JacobiConfig(lookup=0).longest_lookup == 0

@@ -176,6 +176,14 @@ def guesses(n: int, width: int) -> None:
     starts = torch.tensor([3, 0, 0, 0], device=DEVICE)
     cllm_kernels.guess_window(window, latest)
     cllm_kernels.guess_window(window, latest, text, generated, starts, longest=4, least=2)
+    state = {
+        "odds": torch.full((rows, 6, 2), 1024, device=DEVICE),
+        "proposed": torch.full((rows, 3, n), -1, device=DEVICE),
+        "since": torch.full((rows,), -1, device=DEVICE),
+    }
+    for more in (0, 3):  # the second call learns from the first
+        grown = (generated + more).clamp(max=width)
+        cllm_kernels.guess_window(window, latest, text, grown, starts, longest=4, least=2, **state)
 
 
 def guess_pool_add() -> Iterator[Launch]:

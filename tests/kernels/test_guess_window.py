@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import cllm_kernels
 from cllm_kernels.guess_window import OP
+from cllm_kernels.guess_window.reference import GUESS, MEMORY
 from tests.kernels.backends import everywhere, running, slow_interpreter
 
 V = 7
@@ -27,6 +28,54 @@ def table(*rows):
         for stamp, (token, following) in enumerate(known.items()):
             made[number, token] = stamp * V + following
     return made
+
+
+class Weighed:
+    """What a row proposes, learns and takes, written out in lists."""
+
+    def __init__(self, longest, least, odds):
+        self.longest, self.least = longest, least
+        self.odds = [list(pair) for pair in odds]
+        self.proposed, self.since = [], -1
+
+    def take(self, window, known, text):
+        """The row's next window; `known` is None without a pool."""
+        became = text[self.since :] if self.since >= 0 else []
+        for kind, guesses in self.proposed:
+            right = 0
+            compared = min(len(became), len(guesses))
+            while right < compared and guesses[right] == became[right]:
+                right += 1
+            if kind >= 0 and compared:
+                pair = self.odds[kind]
+                pair[0] += right * GUESS
+                pair[1] += GUESS if right < compared else 0
+                if sum(pair) > MEMORY:
+                    pair[:] = pair[0] // 2, max(pair[1] // 2, 1)
+        own = window[1:]
+        chained = definition(window, known or {}, [], 0, 1)[1:]
+        run = next(
+            (
+                length
+                for length in range(min(self.longest, len(text) - 1), 0, -1)
+                if any(text[p : p + length] == text[-length:] for p in range(len(text) - length))
+            ),
+            0,
+        )
+        found = run >= self.least
+        looked_up = definition(window, {}, text, self.longest, self.least)[1:] if found else own
+        self.proposed = [
+            (0, own),
+            (-1 if known is None else 1, chained),
+            (run + 1 if found else -1, looked_up),
+        ]
+        self.since = len(text)
+        best = self.proposed[0]
+        for one in self.proposed[1:]:
+            if one[0] >= 0:
+                (mine, against), (its, for_it) = self.odds[one[0]], self.odds[best[0]]
+                best = one if mine * for_it >= its * against else best
+        return [window[0], *best[1]]
 
 
 def definition(window, known, text, longest, least):
@@ -76,6 +125,129 @@ def test_every_row_is_as_written_out(backend, device, data):
         for window, pairs, text in zip(windows, known, texts, strict=True)
     ]
     assert found.tolist() == wanted
+
+
+@everywhere(OP)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_sources_are_weighed_as_written_out(backend, device, data):
+    """Rows that grow call by call, some by nothing: what is taken, and all that is kept."""
+    token = st.integers(0, data.draw(st.integers(0, V - 1)))
+    most_calls = 2 if slow_interpreter(backend, device) else 4
+    rows, calls = data.draw(st.integers(0, 3)), data.draw(st.integers(1, most_calls))
+    n = data.draw(st.integers(2, 6))
+    pooled = data.draw(st.booleans())
+    longest = data.draw(st.integers(0, 3))
+    least = data.draw(st.integers(1, 3))
+    texts = [data.draw(st.lists(token, min_size=1, max_size=9)) for _ in range(rows)]
+    most = max(map(len, texts), default=1)
+    width = most + calls * n
+    sequences = torch.full((rows, width), 0)
+    starts = torch.tensor([most - len(text) for text in texts], dtype=torch.int64)
+    for row, text in enumerate(texts):
+        sequences[row, most - len(text) : most] = torch.tensor(text)
+    count = st.integers(0, 40).map(lambda times: times * GUESS // 2)
+    # a kind that never was wrong yet, and one that nothing is known of
+    draw_odds = st.lists(st.tuples(count, count), min_size=2 + longest, max_size=2 + longest)
+    written = [Weighed(longest, least, data.draw(draw_odds)) for _ in range(rows)]
+    odds = torch.tensor([row.odds for row in written], dtype=torch.int64)
+    odds = odds.view(rows, 2 + longest, 2).to(device)
+    proposed = torch.full((rows, 3, n), -1, device=device)
+    since = torch.full((rows,), -1, device=device)
+    with running(OP, backend, device):
+        for _ in range(calls):
+            windows = [
+                [text[-1], *data.draw(st.lists(token, min_size=n - 1, max_size=n - 1))]
+                for text in texts
+            ]
+            known = [data.draw(st.dictionaries(token, token)) for _ in texts]
+            generated = starts + torch.tensor([len(text) for text in texts], dtype=torch.int64)
+            found = guessed(
+                device,
+                torch.tensor(windows, dtype=torch.int64).view(-1, n),
+                table(*known) if pooled else None,
+                *(sequences, generated, starts),
+                longest=longest,
+                least=least,
+                odds=odds,
+                proposed=proposed,
+                since=since,
+            )
+            taken = [
+                row.take(window, pairs if pooled else None, text)
+                for row, window, pairs, text in zip(written, windows, known, texts, strict=True)
+            ]
+            assert found.tolist() == taken
+            assert odds.tolist() == [row.odds for row in written]
+            assert since.tolist() == generated.tolist()
+            assert proposed.tolist() == [
+                [[kind, *guesses] for kind, guesses in row.proposed] for row in written
+            ]
+            for row, text in enumerate(texts):
+                # often what was guessed, so that something is right
+                likely = data.draw(st.sampled_from(written[row].proposed))[1]
+                more = data.draw(
+                    st.one_of(
+                        st.just(likely[: data.draw(st.integers(0, n - 1))]),
+                        st.lists(token, max_size=n),
+                    )
+                )
+                end = starts[row] + len(text)
+                sequences[row, end : end + len(more)] = torch.tensor(more, dtype=torch.int64)
+                text += more
+
+
+@everywhere(OP)
+def test_a_source_that_is_wrong_gives_way_to_one_that_is_right(backend, device):
+    """A text that counts: the window's own guesses are right, the pool's and the text's never."""
+    cycle = [1, 2, 3, 4, 5, 6] * 8
+    sequences = torch.tensor([cycle])
+    starts, n = torch.zeros(1, dtype=torch.int64), 4
+    odds = torch.tensor([[[1, 4], [2, 4], [3, 4], [4, 4]]]) * GUESS
+    state = {
+        "odds": odds.to(device),
+        "proposed": torch.full((1, 3, n), -1, device=device),
+        "since": torch.full((1,), -1, device=device),
+    }
+    latest = table({token: 0 for token in range(V)})
+    taken = []
+    with running(OP, backend, device):
+        for generated in range(7, 27):
+            window = torch.tensor([cycle[generated - 1 : generated - 1 + n]])
+            broken = sequences.clone()
+            broken[0, : generated - 4] = 0  # an end of one to three tokens never comes again
+            found = guessed(
+                device,
+                window,
+                latest,
+                broken,
+                torch.tensor([generated]),
+                starts,
+                longest=2,
+                **state,
+            )
+            taken.append(torch.equal(found, window))
+    assert not taken[0] and all(taken[-10:])
+    right, wrong = state["odds"][0, 0].tolist()
+    assert right > 3 * wrong
+
+
+@everywhere(OP)
+def test_odds_that_nobody_has_write_nothing_elsewhere(backend, device):
+    """A state that no op has left: kinds and places without a row in the counts."""
+    text = torch.tensor([[1, 2, 1, 2]] * 4)
+    generated = torch.tensor([4, 4, 4, 9])
+    starts = torch.zeros(4, dtype=torch.int64)
+    window = torch.tensor([[2, 3, 3]] * 4)
+    odds = torch.full((4, 3, 2), GUESS)
+    proposed = torch.tensor([[[99, 1, 2], [-7, 1, 2], [3, 1, 2]]] * 4)
+    since = torch.tensor([2, 2, 7, -9])
+    moved = [tensor.to(device) for tensor in (odds, proposed, since)]
+    with running(OP, backend, device):
+        state = dict(zip(("odds", "proposed", "since"), moved, strict=True))
+        found = guessed(device, window, None, text, generated, starts, longest=1, **state)
+    assert found.tolist() == [[2, 1, 2]] * 4
+    assert torch.equal(moved[0].cpu(), odds)
 
 
 @everywhere(OP)
@@ -157,6 +329,14 @@ def arguments(**change):
     return made | change
 
 
+def weighed(longest=3):
+    return {
+        "odds": torch.full((2, 2 + longest, 2), GUESS),
+        "proposed": torch.full((2, 3, 3), -1),
+        "since": torch.full((2,), -1),
+    }
+
+
 ZEROS = torch.zeros((2, 4), dtype=torch.int64)
 
 
@@ -182,6 +362,17 @@ ZEROS = torch.zeros((2, 4), dtype=torch.int64)
         ({"least": 0}, ValueError, "least must be at least 1, not 0"),
         ({"end": 0}, ValueError, "end must be from 1 to L = 4, not 0"),
         ({"end": 5}, ValueError, "end must be from 1 to L = 4, not 5"),
+        ({**weighed(), "longest": -1}, ValueError, "longest must be at least 0, not -1"),
+        (
+            {**weighed(), "sequences": None},
+            ValueError,
+            "odds needs sequences, which tell what was right; pass it too",
+        ),
+        ({**weighed(), "since": None}, ValueError, r"odds needs since, \[2\] int64"),
+        ({**weighed(), "proposed": None}, ValueError, r"odds needs proposed, \[2, 3, 3\] int64"),
+        ({**weighed(), "longest": 2}, ValueError, r"odds must be \[2, 4, 2\], not \[2, 5, 2\]"),
+        ({**weighed(), "since": ZEROS}, ValueError, r"since must be \[2\], not \[2, 4\]"),
+        ({**weighed(), "odds": torch.ones(2, 5, 2)}, TypeError, "odds must be int64, not float32"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
@@ -190,19 +381,29 @@ def test_bad_arguments_are_named(change, error, message):
 
 
 @pytest.mark.parametrize("left_out", [(), ("latest",), ("sequences", "generated", "starts")])
-def test_as_torch_sees_it(left_out):
-    state = arguments(**dict.fromkeys(left_out))
+@pytest.mark.parametrize("kept", [False, True])
+def test_as_torch_sees_it(left_out, kept):
+    if kept and "sequences" in left_out:
+        pytest.skip("what was right is in the text")
+    state = list(arguments(**dict.fromkeys(left_out)).values())
+    rest = list(weighed().values()) if kept else [None] * 3
     op = torch.ops.cllm_kernels.guess_window.default
-    torch.library.opcheck(op, (*state.values(), 3, 1, 4))
+    torch.library.opcheck(op, (*state, 3, 1, 4, *rest))
 
-    def call(window, *rest):
-        cllm_kernels.guess_window(window, *rest)
-        return window + 0
+    def call(*given):
+        names = ("odds", "proposed", "since")
+        cllm_kernels.guess_window(*given[:5], **dict(zip(names, given[5:], strict=True)))
+        return given[0] + 0
 
-    wanted = call(state["window"].clone(), *list(state.values())[1:])
+    def copied():
+        return [None if one is None else one.clone() for one in (*state, *rest)]
+
+    eager, compiled = copied(), copied()
+    wanted = call(*eager)
     whole = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert torch.equal(whole(*state.values()), wanted)
-    assert torch.equal(state["window"], wanted)
+    assert torch.equal(whole(*compiled), wanted)
+    for one, other in zip(eager, compiled, strict=True):
+        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .options import SHIPPED_PROMPTS, Compile, Dtype, Fill, Mode
+from .options import SHIPPED_PROMPTS, Compile, Dtype, Fill, Guesses, Mode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,7 @@ def decoding_config(
     pool: bool | None = None,
     candidates: int = 1,
     compile: Compile | None = None,
+    guesses: Guesses = Guesses.adaptive,
 ) -> JacobiConfig:
     """The options as a validated `JacobiConfig`."""
     from ..decoding import JacobiConfig
@@ -92,6 +93,7 @@ def decoding_config(
         pool=pool,
         candidates=candidates,
         compile=None if compile is None else compile.value,
+        guesses=guesses.value,
     )
 
 

@@ -33,6 +33,8 @@ from .options import (
     DtypeOption,
     Fill,
     FillOption,
+    Guesses,
+    GuessesOption,
     LookupOption,
     MaxNewTokensOption,
     MinPOption,
@@ -103,6 +105,7 @@ def generate(
     verify_size: VerifySizeOption = None,
     lookup: LookupOption = None,
     pool: PoolOption = None,
+    guesses: GuessesOption = Guesses.adaptive,
     candidates: CandidatesOption = 1,
     compile: CompileOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -144,6 +147,7 @@ def generate(
         pool=pool,
         candidates=candidates,
         compile=compile,
+        guesses=guesses,
     )
     chosen = read_prompts(prompts) if prompts is not None else [_one_prompt(prompt)]
     settings: dict[str, Any] = {
@@ -163,6 +167,8 @@ def generate(
         settings["lookup"] = lookup
     if pool is not None:
         settings["pool"] = pool
+    if guesses is not Guesses.adaptive:
+        settings["guesses"] = guesses.value
     if candidates > 1:
         settings["candidates"] = candidates
     if compile is Compile.inductor:  # graphs round as what they capture

@@ -21,6 +21,11 @@ class Mode(StrEnum):
     block = "block"
 
 
+class Guesses(StrEnum):
+    adaptive = "adaptive"
+    ordered = "ordered"
+
+
 class Compile(StrEnum):
     graph = "graph"
     inductor = "inductor"
@@ -133,7 +138,7 @@ LookupOption = Annotated[
         "--lookup",
         min=0,
         help="Most tokens of the text's end that are looked up in it for guesses; 0: none.  "
-        "[default: 3; 0 with --mode block]",
+        "[default: 8, for several candidates 3; 0 with --mode block]",
         show_default=False,
     ),
 ]
@@ -144,6 +149,14 @@ PoolOption = Annotated[
         help="Guess from earlier predictions where nothing is looked up.  [default: where "
         "something is looked up and no adapter guesses]",
         show_default=False,
+    ),
+]
+GuessesOption = Annotated[
+    Guesses,
+    typer.Option(
+        "--guesses",
+        help="adaptive: from the source that was right most often so far; ordered: from the text, "
+        "else the pool, else left-over predictions.",
     ),
 ]
 CandidatesOption = Annotated[

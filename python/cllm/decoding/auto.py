@@ -149,6 +149,7 @@ def choose(
         settings.longest_lookup,
         settings.lookup_least,
         settings.pool,
+        settings.guesses,
         settings.fill,
         sampled,
     )

@@ -17,7 +17,8 @@ class CandidateIteration(WindowIteration):
     The candidates are a tree (SpecInfer, Miao et al. 2024, arXiv 2305.09781) that branches behind
     the last committed token. They are what followed the text's end where it stood before, each time
     with another next token; what the pool says; and the predictions that were left over: the first
-    of them, in this order, whose first guesses differ.
+    of them, in this order, whose first guesses differ. With `odds` the first of all is the source
+    that has been right most often.
 
     Args:
         candidates: C, at least 2.
@@ -74,6 +75,11 @@ class CandidateIteration(WindowIteration):
             )
             sources.insert(0, found)
             usable.insert(0, enough)
+        if self.odds is not None:
+            best = window.clone(memory_format=torch.contiguous_format)
+            self._improve(best, end)
+            sources.insert(0, best[:, None, 1:])
+            usable.insert(0, torch.ones_like(best[:, :1], dtype=torch.bool))
         guesses = chosen(torch.cat(sources, dim=1), torch.cat(usable, dim=1), self.candidates)
         first = window[:, None, :1].expand(-1, self.candidates, -1)
         return torch.cat([first, guesses], dim=2)

@@ -9,6 +9,7 @@ from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
 Accept = Literal["all", "one"]
+Guesses = Literal["adaptive", "ordered"]
 Compile = Literal["graph", "inductor", "off"]
 BlockSize = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
@@ -39,13 +40,19 @@ class JacobiConfig:
             the last prediction, ``"random"`` draws from the vocabulary, ``"pad"`` is the pad token.
         lookup: most tokens of the text's end that are looked up in the text before them; what
             followed there becomes the window's guesses (prompt lookup decoding). 0: nothing is
-            looked up. In sliding mode only. ``None``: 3 in sliding mode, 0 in block mode.
+            looked up. In sliding mode only. ``None``: 8 in sliding mode (3 for several candidates),
+            0 in block mode.
         lookup_least: an end that is found again must have so many tokens, from 1 to `lookup`.
             ``None``: 2 where the pool or an adapter would guess otherwise, else 1.
         pool: where nothing is found there, the guess behind each token is what the model predicted
             behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
             mode only. ``None``: where something is looked up, and no adapter makes the guesses or
             another candidate has them.
+        guesses: which of text, pool and the window's own predictions (with an adapter: its
+            guesses) a window takes. ``"adaptive"``: row by row the one that has been right most
+            often in the text so far, taken or not. ``"ordered"``: the text where it says something,
+            else the pool, else the window's own. The text of ``candidates`` beside an adapter's
+            comes in order.
         candidates: ``C``, windows for the same places that one forward of C * n rows checks, each
             by itself; the one with the most right guesses counts. They begin with different
             guesses: other continuations of the text's end, the pool's, the predictions that were
@@ -94,6 +101,7 @@ class JacobiConfig:
     lookup: int | None = None
     lookup_least: int | None = None
     pool: bool | None = None
+    guesses: Guesses = "adaptive"
     candidates: int = 1
     compile: Compile | None = None
 
@@ -108,7 +116,12 @@ class JacobiConfig:
         elif self.verify_size is not None:
             problems.extend(_verify_problems(self.verify_size, self.block_size, self.mode))
         problems.extend(self._lookup_problems())
-        for name, choices in (("mode", Mode), ("fill", Fill), ("accept", Accept)):
+        for name, choices in (
+            ("mode", Mode),
+            ("fill", Fill),
+            ("accept", Accept),
+            ("guesses", Guesses),
+        ):
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(choice) for choice in get_args(choices))
                 problems.append(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
@@ -150,7 +163,8 @@ class JacobiConfig:
     def longest_lookup(self) -> int:
         """`lookup`, with what ``None`` stands for."""
         if self.lookup is None:
-            return max(_LOOKUP, self.lookup_least or 1) if self.mode == "sliding" else 0
+            usual = _LOOKUP if self.candidates == 1 else _LOOKUP_SEVERAL
+            return max(usual, self.lookup_least or 1) if self.mode == "sliding" else 0
         return self.lookup
 
     def pools(self, gated: bool) -> bool:
@@ -164,6 +178,11 @@ class JacobiConfig:
         if self.lookup_least is not None:
             return self.lookup_least
         return min(self.longest_lookup, 2 if gated or self.pools(gated) else 1)
+
+    def weighs(self, gated: bool) -> bool:
+        """Whether sources are chosen by how often they were right, where there are several; the
+        known text beside an adapter's candidates is not."""
+        return self.guesses == "adaptive" and not (gated and self.candidates > 1)
 
     @property
     def width(self) -> int:
@@ -225,7 +244,8 @@ class JacobiConfig:
         )
 
 
-_LOOKUP = 3
+# Of several candidates each token that is compared costs launches of its own.
+_LOOKUP, _LOOKUP_SEVERAL = 8, 3
 # By what was measured (docs/performance.md). On a CPU four are fastest alone, and in batches of 4
 # and 16 one is, or nearly; on a GPU sixteen rows cost a large model little more than one.
 _CPU_WINDOW = 4

@@ -20,7 +20,7 @@ from .automatic import plan_call
 from .cache import VIEW_STEP, round_up
 from .candidates import CandidateIteration
 from .checks import check_adapter_settings, check_inputs, check_options
-from .config import AUTO, Accept, BlockSize, Compile, JacobiConfig, Mode
+from .config import AUTO, Accept, BlockSize, Compile, Guesses, JacobiConfig, Mode
 from .forward import BlockForward
 from .gated import GatedCandidateIteration, GatedIteration
 from .graphs import GraphedForward, check_device, graphed_forward, window_key
@@ -28,6 +28,7 @@ from .inductor import CompiledForward, check_compilable
 from .layouts import Layout, choose_layout
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
+from .odds import GuessOdds
 from .output import JacobiOutput
 from .pool import GuessPool
 from .positions import check_ended, check_room, limit_rows, position_limit
@@ -60,6 +61,7 @@ def jacobi_decode(
     lookup: int | None = None,
     lookup_least: int | None = None,
     pool: bool | None = None,
+    guesses: Guesses | None = None,
     candidates: int | None = None,
     compile: Compile | None = None,
     adapter: Any = None,
@@ -111,6 +113,7 @@ def jacobi_decode(
         lookup=lookup,
         lookup_least=lookup_least,
         pool=pool,
+        guesses=guesses,
         candidates=candidates,
         compile=compile,
     )
@@ -259,11 +262,14 @@ def _start(
     )
     limit_rows(traits, state)
     gated = gate is not None
-    lookup = pool = None
+    lookup = pool = odds = None
     if settings.longest_lookup and settings.width > 1:
         lookup = Lookup(settings.longest_lookup, settings.least_lookup(gated), width - lengths)
     if settings.pools(gated) and settings.width > 1:
         pool = GuessPool(prompts, lengths, traits.vocab_size)
+    if settings.weighs(gated) and not (lookup is None and pool is None):
+        longest_end = 0 if lookup is None else lookup.longest
+        odds = GuessOdds(batch, settings.width, longest_end, gated=gated, device=input_ids.device)
     kind, others = _iteration_kind(settings, gate)
     owner = adapter if gated else None
     verify = (settings.verify_size or settings.width) if gated else None
@@ -274,7 +280,13 @@ def _start(
         captured = (
             "iteration",
             iteration_key(
-                kind, state, settings, verify=verify, lookup=lookup, pooled=pool is not None
+                kind,
+                state,
+                settings,
+                verify=verify,
+                lookup=lookup,
+                pooled=pool is not None,
+                weighed=odds is not None,
             ),
         )
     plan = plan_call(
@@ -311,7 +323,7 @@ def _start(
         with_room(model, lambda: forward.prefill(prompts[:, : longest - 1], lengths - 1))
     seconds = time.perf_counter() - started
     predictor = Predictor(processors, noise, forward.head, ends=rules.stop_ids)
-    sources: dict[str, Any] = dict(lookup=lookup, pool=pool, predictor=predictor)
+    sources: dict[str, Any] = dict(lookup=lookup, pool=pool, odds=odds, predictor=predictor)
     iteration = kind(forward, state, settings, **sources, **others)
     told: dict[str, Any] = dict(prompt_width=width, streamer=streamer)
     if isinstance(forward, GraphedForward):

@@ -20,6 +20,7 @@ from ..trajectory import Iteration, Trajectory
 from .config import JacobiConfig
 from .forward import BlockForward
 from .lookup import Lookup
+from .odds import GuessOdds
 from .pool import GuessPool
 from .predict import Predictor
 from .stopping import StopRules
@@ -138,6 +139,7 @@ class WindowIteration:
         forward: the prefilled block forward.
         state: the rows.
         lookup, pool: where guesses come from beside the predictions; None: from nowhere.
+        odds: choose between these sources by how often each was right; None: they come in order.
         predictor: makes tokens of what `forward` gives; None: by a plain argmax.
     """
 
@@ -151,6 +153,7 @@ class WindowIteration:
         *,
         lookup: Lookup | None = None,
         pool: GuessPool | None = None,
+        odds: GuessOdds | None = None,
         predictor: Predictor | None = None,
     ):
         self.forward = forward
@@ -158,6 +161,7 @@ class WindowIteration:
         self.config = config
         self.lookup = lookup
         self.pool = pool
+        self.odds = odds
         self.predictor = predictor or Predictor()
 
     def run(self, host: HostView) -> list[torch.Tensor]:
@@ -182,13 +186,19 @@ class WindowIteration:
 
     def _improve(self, window: torch.Tensor, end: int) -> None:
         """Better guesses for a window [B, n], in place: from the text, else from earlier
-        predictions."""
-        pool, lookup, state = self.pool, self.lookup, self.state
+        predictions, or from what has been right so far."""
+        pool, lookup, odds, state = self.pool, self.lookup, self.odds, self.state
         if pool is None and lookup is None:
             return
-        searched = {} if lookup is None else lookup.searched(state.sequences, state.generated, end)
-        latest = None if pool is None else pool.latest
-        cllm_kernels.guess_window(window, latest, **searched)
+        searched: dict[str, Any] = {}
+        if lookup is not None:
+            searched = lookup.searched(state.sequences, state.generated, end)
+        if odds is not None:
+            searched |= odds.kept
+            if lookup is None:  # what was right is in the text all the same
+                text = dict(sequences=state.sequences, generated=state.generated)
+                searched |= text | dict(starts=state.generated, longest=0, end=end)
+        cllm_kernels.guess_window(window, None if pool is None else pool.latest, **searched)
 
     def _columns(self) -> torch.Tensor | None:
         """[B] column of the output that the token behind each window's first is for; None where

@@ -112,6 +112,7 @@ class StaticIteration:
             fill=None if own.fill is None else own.fill.new_zeros(batch, room + call.config.width),
         )
         self._pool = None if call.pool is None else call.pool.clone()
+        self._odds = None if call.odds is None else call.odds.clone()
         self._lookup = None
         if call.lookup is not None:
             self._lookup = Lookup(
@@ -147,10 +148,13 @@ class StaticIteration:
             state.fill[:, : own.fill.shape[1]] = own.fill
         if self._pool is not None and call.pool is not None:
             self._pool.load(call.pool)
+        if self._odds is not None and call.odds is not None:
+            self._odds.load(call.odds)
         if self._lookup is not None and call.lookup is not None:
             self._lookup.starts.copy_(call.lookup.starts)
         self._call = copy.copy(call)
         self._call.state, self._call.pool, self._call.lookup = state, self._pool, self._lookup
+        self._call.odds = self._odds
         return self._call
 
     def _run(self) -> torch.Tensor:
@@ -190,8 +194,8 @@ class StaticIteration:
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         tensors = [value for value in vars(self.state).values() if value is not None]
-        pool = 0 if self._pool is None else self._pool.nbytes
-        return sum(tensor.nbytes for tensor in tensors) + pool
+        sources = [kept.nbytes for kept in (self._pool, self._odds) if kept is not None]
+        return sum(tensor.nbytes for tensor in tensors) + sum(sources)
 
 
 def _stop_places(state: WindowState) -> int:
@@ -206,6 +210,7 @@ def iteration_key(
     verify: int | None,
     lookup: Lookup | None,
     pooled: bool,
+    weighed: bool,
 ) -> tuple:
     """What is fixed in a captured iteration beside its forward.
 
@@ -222,6 +227,7 @@ def iteration_key(
         config.accept,
         None if lookup is None else (lookup.longest, lookup.least),
         pooled,
+        weighed,
         state.fill is None,
         _stop_places(state),
     )
@@ -244,6 +250,7 @@ def static_iteration(forward: GraphedForward, call: WindowIteration) -> StaticIt
         verify=call.verify,
         lookup=call.lookup,
         pooled=call.pool is not None,
+        weighed=call.odds is not None,
     )
     forward.by_window = False
     if key not in forward.iterations:
