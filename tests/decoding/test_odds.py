@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import cllm
+from cllm.decoding import auto
 from cllm.decoding.odds import GuessOdds
 
 from .test_gated import greedy, random_adapter
@@ -94,6 +95,18 @@ def test_rows_know_nothing_of_each_other():
         mask = inputs["attention_mask"][row].bool()
         alone = cllm.generate(model, inputs["input_ids"][row][mask][None], **settings)
         assert alone.iterations.tolist() == [found.iterations[row].item()]
+
+
+def test_an_automatic_call_goes_by_what_the_calls_before_it_have_learnt(monkeypatch):
+    monkeypatch.setattr(auto, "PLAIN", (8,))
+    model, inputs = told_by_place(), prompts([21, 6])
+    settings = dict(max_new_tokens=24, block_size="auto", return_dict_in_generate=True)
+    first, second, third = (cllm.generate(model, **inputs, **settings) for _ in range(3))
+    assert second.forwards < first.forwards and third.forwards == second.forwards
+    assert torch.equal(first.sequences, second.sequences)
+    # other sources have learnt nothing
+    other = cllm.generate(model, **inputs, lookup=5, **settings)
+    assert other.forwards == first.forwards
 
 
 def test_a_clone_goes_its_own_way_until_it_is_loaded():

@@ -2,9 +2,9 @@
 
 Tokens per second are tokens per forward over seconds per forward. The second factor is the
 machine's: it is measured once for a model, device and batch size, at a few widths. The first is the
-text's: every call adds to what is known of how often guesses are right, and the next call goes by
-it. A call keeps the window that it starts with, so that its bits do not depend on the clock half
-way.
+text's: every call adds to what is known of how often guesses are right, and of which source, and
+the next call goes by it. A call keeps the window that it starts with, so that its bits do not
+depend on the clock half way.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ..adapter import GatedAdapter
 from .automatic import obstacle
 from .config import Compile, JacobiConfig
 from .forward_clock import ForwardClock
+from .odds import GuessOdds
 
 # block sizes that are tried, and of windows that stand twice (verify size = block size)
 PLAIN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -43,7 +46,12 @@ class Acceptance:
     the text ends there, a wrong one behind them: observations that are cut off on the right, of
     which each place's rate is estimated by itself (Kaplan and Meier 1958), so that calls with
     different windows add up. Places that no window reached are taken to be as those before them.
+
+    Attributes:
+        odds: `GuessOdds.learnt` of the latest call that weighed its sources; None: none has.
     """
+
+    odds: torch.Tensor | None = None
 
     def __init__(self) -> None:
         self._right: list[float] = []
@@ -117,9 +125,16 @@ class Choice:
     gated: bool
     _acceptance: Acceptance
 
-    def observe(self, runs: Runs) -> None:
-        """Learn from what the call's forwards committed."""
+    @property
+    def odds(self) -> torch.Tensor | None:
+        """What calls like this one have learnt of their sources (`GuessOdds`); None: nothing."""
+        return self._acceptance.odds
+
+    def observe(self, runs: Runs, odds: GuessOdds | None) -> None:
+        """Learn from what the call's forwards committed, and from what its sources proposed."""
         self._acceptance.add(runs, self.settings.width)
+        if odds is not None and runs:
+            self._acceptance.odds = odds.learnt()
 
 
 def choose(

@@ -202,12 +202,13 @@ def jacobi_decode(
             streamer=token_streamer,
             gate=gate,
             adapter=adapter,
+            known_odds=None if choice is None else choice.odds,
             stack=stack,
         )
         loop.run()
         check_ended(traits, loop)
         if choice is not None:
-            choice.observe(loop.runs)
+            choice.observe(loop.runs, loop.iteration.odds)
     return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
 
 
@@ -228,6 +229,7 @@ def _start(
     streamer: Any,
     gate: Gate | None,
     adapter: Any,
+    known_odds: torch.Tensor | None,
     stack: ExitStack,
 ) -> tuple[DecodingLoop, float]:
     batch, width = input_ids.shape
@@ -269,7 +271,14 @@ def _start(
         pool = GuessPool(prompts, lengths, traits.vocab_size)
     if settings.weighs(gated) and not (lookup is None and pool is None):
         longest_end = 0 if lookup is None else lookup.longest
-        odds = GuessOdds(batch, settings.width, longest_end, gated=gated, device=input_ids.device)
+        odds = GuessOdds(
+            batch,
+            settings.width,
+            longest_end,
+            gated=gated,
+            device=input_ids.device,
+            known=known_odds,
+        )
     kind, others = _iteration_kind(settings, gate)
     owner = adapter if gated else None
     verify = (settings.verify_size or settings.width) if gated else None

@@ -39,14 +39,25 @@ class GuessOdds:
         longest: most tokens of a text's end that are looked up; 0: none are.
         gated: the window's own guesses are an adapter's.
         device: of the window.
+        known: `learnt` of calls with the same sources; None: nothing is.
     """
 
-    def __init__(self, batch: int, width: int, longest: int, *, gated: bool, device: torch.device):
+    def __init__(
+        self,
+        batch: int,
+        width: int,
+        longest: int,
+        *,
+        gated: bool,
+        device: torch.device,
+        known: torch.Tensor | None = None,
+    ):
         text = [*_TEXT, *[_TEXT[-1]] * longest][:longest]
         kinds = [(_ADAPTER if gated else _OWN, _SEEN), (_POOL, _SEEN)]
         kinds += [(run, _SEEN_TEXT) for run in text]
         counts = [[round(run * seen * GUESS), seen * GUESS] for run, seen in kinds]
-        self.odds = torch.tensor(counts, device=device).repeat(batch, 1, 1)
+        start = torch.tensor(counts) if known is None else known
+        self.odds = start.to(device).repeat(batch, 1, 1)
         self.proposed = torch.full((batch, 3, width), -1, device=device)
         self.since = torch.full((batch,), -1, device=device)
 
@@ -54,6 +65,10 @@ class GuessOdds:
     def kept(self) -> dict[str, Any]:
         """What `cllm_kernels.guess_window` takes of it."""
         return dict(odds=self.odds, proposed=self.proposed, since=self.since)
+
+    def learnt(self) -> torch.Tensor:
+        """[2 + longest, 2] int64 on the host: the counts of a row, on average over all."""
+        return self.odds.float().mean(dim=0).round().long().cpu()
 
     def clone(self) -> GuessOdds:
         """One of its own that knows the same."""
