@@ -17,8 +17,8 @@ class CandidateIteration(WindowIteration):
     The candidates are a tree (SpecInfer, Miao et al. 2024, arXiv 2305.09781) that branches behind
     the last committed token. They are what followed the text's end where it stood before, each time
     with another next token; what the pool says; and the predictions that were left over: the first
-    of them, in this order, whose first guesses differ. With `odds` the first of all is the source
-    that has been right most often.
+    of them, in this order, whose first guesses differ. With `odds` the latest of what followed, the
+    pool's and the left-over predictions come by how often each was right, before the rest.
 
     Args:
         candidates: C, at least 2.
@@ -64,22 +64,22 @@ class CandidateIteration(WindowIteration):
     def _candidates(self, end: int) -> torch.Tensor:
         """[B, C, n]: windows that begin with the last committed token."""
         state, window = self.state, self.state.window
-        left = self.candidates if self.lookup is None else 1  # of these there is always enough
-        sources = [window[:, None, 1:].expand(-1, left, -1)]
-        if self.pool is not None:
-            sources.insert(0, self.pool.improved(window)[:, None, 1:])
-        usable = [torch.ones_like(source[:, :, 0], dtype=torch.bool) for source in sources]
-        if self.lookup is not None:
+        own, count = window[:, None, 1:], self.candidates
+        if self.lookup is None:  # copies, so that there are enough
+            found = own.expand(-1, count, -1)
+            enough = torch.zeros_like(found[:, :, 0], dtype=torch.bool)
+        else:
             found, enough = self.lookup.several(
-                window, state.sequences, state.generated, end, self.candidates
+                window, state.sequences, state.generated, end, count
             )
-            sources.insert(0, found)
-            usable.insert(0, enough)
         if self.odds is not None:
-            best = window.clone(memory_format=torch.contiguous_format)
-            self._improve(best, end)
-            sources.insert(0, best[:, None, 1:])
-            usable.insert(0, torch.ones_like(best[:, :1], dtype=torch.bool))
+            self._improve(window.clone(memory_format=torch.contiguous_format), end)
+            ranked, there = self.odds.ranked(text=found[:, 0])
+            sources, usable = [ranked, found[:, 1:]], [there, enough[:, 1:]]
+        else:
+            rest = [own] if self.pool is None else [self.pool.improved(window)[:, None, 1:], own]
+            sources = [found, *rest]
+            usable = [enough, torch.ones_like(enough[:, : len(rest)])]
         guesses = chosen(torch.cat(sources, dim=1), torch.cat(usable, dim=1), self.candidates)
         first = window[:, None, :1].expand(-1, self.candidates, -1)
         return torch.cat([first, guesses], dim=2)
