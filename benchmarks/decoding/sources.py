@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import cllm
 from benchmarks.harness import load, provenance, write_record
 from benchmarks.tasks import read_tasks, token_caps
-from cllm.bench.tasks import Kept, weights_digest
+from cllm.bench.tasks import Kept, code_digest, weights_digest
 from cllm.evaluation import decode_texts
 
 # name -> changes to the settings, and whether an adapter guesses
@@ -84,7 +84,7 @@ def main() -> None:
                 )  # fmt: skip
                 return [[text.tokens, text.forwards] for text in texts]
 
-            key = [digest, prompts, task.max_new_tokens, asdict(config)]
+            key = [digest, code_digest(), prompts, task.max_new_tokens, asdict(config)]
             key.append(None if used is None else used.metadata)
             decoded = kept.get(f"{task.name}-{name.replace(' ', '-')}", key, decode)
             texts = [text for text, _ in decoded]

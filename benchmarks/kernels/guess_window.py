@@ -2,9 +2,10 @@
 
 Half of the texts repeat themselves, so that the text gives their guesses; of the others all of the
 text is searched, and the guesses are a chain through the pool. Where the sources are weighed by how
-often each was right, every row has both; of the calls of a sample the first counts. A call takes
-microseconds, so a sample is `CALLS` of them: a window that has its guesses gets the same again. On
-a GPU the same calls are also replayed as a CUDA graph, which is how a decoding loop runs them.
+often each was right, every row has both, and every call counts what the one before proposed. A call
+takes microseconds, so a sample is `CALLS` of them: a window that has its guesses gets the same
+again. On a GPU the same calls are also replayed as a CUDA graph, which is how a decoding loop runs
+them.
 
     python benchmarks/kernels/guess_window.py --device cpu --record
 """
@@ -51,8 +52,12 @@ def state(
         }
         if weighed:
             made["odds"] = torch.full((rows, 2 + LONGEST, 2), reference.GUESS)
-            made["proposed"] = torch.zeros((rows, 3, n), dtype=torch.int64)
-            made["since"] = generated - n
+            since = generated - n  # all that was proposed is known: the window's own was right
+            kinds = torch.tensor([0, 1, 1 + LEAST])[:, None].expand(rows, -1, 1)
+            right = text.gather(1, since[:, None] + torch.arange(n - 1))
+            guesses = torch.stack([right, right.flip(1), right.roll(1, dims=1)], dim=1)
+            made["proposed"] = torch.cat([kinds, guesses], dim=2)
+            made["since"] = since
         return {name: tensor.to(device) for name, tensor in made.items()}
 
     return make
@@ -71,14 +76,23 @@ def op(*arguments: Tensor) -> None:
 def eager(guess: Callable[..., None]) -> Callable[[Inputs], Run]:
     def build(inputs: Inputs) -> Run:
         window = inputs["window"].clone()
-        arguments = (window, *(inputs[name] for name in (*ORDER[1:], *KEPT) if name in inputs))
+        arguments = (window, *(inputs[name] for name in ORDER[1:]))
+        started = [inputs[name] for name in KEPT if name in inputs]
+        # of their own for each call, or only the first would have something to count
+        kept = [[tensor.clone() for tensor in started] for _ in range(CALLS)]
 
-        def call() -> Tensor:
-            for _ in range(CALLS):
-                guess(*arguments)
-            return window
+        def call() -> tuple[Tensor, ...]:
+            for one in kept:
+                guess(*arguments, *one)
+            return window, *(tensor for one in kept for tensor in one)
 
-        return Run(call, lambda: window.copy_(inputs["window"]), calls=CALLS)
+        def prepare() -> None:
+            window.copy_(inputs["window"])
+            for one in kept:
+                for tensor, start in zip(one, started, strict=True):
+                    tensor.copy_(start)
+
+        return Run(call, prepare, calls=CALLS)
 
     return build
 
@@ -88,8 +102,8 @@ def case(
 ) -> Case:
     # the text, two numbers a row, the window read and written, an entry of the pool a guess
     moved = 8 * rows * (width + 2 + 2 * n + n - 1)
-    if weighed:  # proposals and what has become of them, the counts and the place
-        moved += 8 * rows * (2 * 3 * n + n - 1 + 2 * 2 * (2 + LONGEST) + 2)
+    if weighed:  # proposals and what has become of them, three kinds' counts and the place
+        moved += 8 * rows * (2 * 3 * n + n - 1 + 2 * 3 * 2 + 2)
     return Case(
         name=f"B={rows} n={n} L={width}{' weighed' if weighed else ''}",
         dtype=torch.float32,  # of the ceiling only: the op has no floating-point number

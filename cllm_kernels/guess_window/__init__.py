@@ -72,11 +72,12 @@ def guess_window(
         end: columns of sequences that are looked at, 1 to L, or None: all; no row's text may go
             beyond it. It spares the reference work.
         odds: [B, 2 + longest, 2] or None, mutated; given with proposed, since and sequences. How
-            often a kind of guess was right and how often it was wrong, in units of `GUESS`: the
-            window's own, the pool's, and text's by the tokens of the end that were found again.
-            Both are halved where they come to more than `MEMORY`.
+            often a kind of guess was right and how often it was wrong, at least 0 and in units of
+            `reference.GUESS`: kind 0 the window's own, 1 the pool's, 1 + e text's whose end was
+            found again with e tokens. Of sources with the same ratio the later kind is taken. Once
+            a call both counts are halved where they come to more than `reference.MEMORY`.
         proposed: [B, 3, n], mutated: of window, pool and text the kind of their guesses, -1 where
-            there are none, and the guesses.
+            there are none, and the guesses. The kinds of a row differ.
         since: [B], mutated: `generated` when those were made; -1: none were.
 
     Raises:
@@ -109,6 +110,9 @@ def guess_window(
         raise ValueError("guess_window: nothing to guess from; pass latest, sequences or both")
     if odds is not None:
         tensors += _check_odds(window, sequences, longest, odds, proposed, since)
+    elif proposed is not None or since is not None:
+        name = "since" if proposed is None else "proposed"
+        raise ValueError(f"guess_window: {name} is kept with odds, which is None; pass it too")
     guess = (
         OP.resolve(window.device)
         if eager(*tensors)
@@ -177,6 +181,8 @@ LIBRARY.define(
 
 
 def _dispatched(window: Tensor, *rest: Any) -> None:
+    if len({kept is None for kept in rest[-3:]}) > 1:
+        raise ValueError("guess_window: odds, proposed and since go together; pass all or none")
     OP.resolve(window.device)(window, *rest)
 
 

@@ -72,7 +72,11 @@ def learn(
     kinds,
     SLOTS: tl.constexpr,
 ):
-    """Counts for and against a proposal what the text has become since."""
+    """Counts for and against a proposal what the text has become since.
+
+    The counts of one kind are read and written by scalars, which one thread stores for all: a call
+    for another kind needs no barrier behind it.
+    """
     i = tl.arange(0, SLOTS)
     kind = tl.load(made)
     guess = tl.load(made + 1 + i, mask=i < n - 1, other=0)

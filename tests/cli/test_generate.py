@@ -270,6 +270,7 @@ def test_the_options_of_guesses_reach_the_decoder(run, batch, monkeypatch):
     [
         (("--pool", "--mode", "block"), "--pool needs --mode sliding"),
         (("--candidates", 2, "--mode", "block"), "--candidates 2 needs --mode sliding"),
+        (("--guesses", "ordered", "--mode", "block"), "--guesses ordered needs --mode sliding"),
         (("--candidates", 2, "--block-size", "auto"), "leave it or --candidates 2"),
         (
             ("--candidates", 2, "--adapter", "x", "--verify-size", 2),

@@ -96,7 +96,7 @@ def test_they_take_fewer_forwards():
         outs = [
             cllm.generate(
                 model, **prompts([24], seed=seed), max_new_tokens=60, block_size=6,
-                candidates=candidates, return_dict_in_generate=True,
+                candidates=candidates, lookup=3, return_dict_in_generate=True,
             )
             for seed in range(6)
         ]  # fmt: skip

@@ -98,8 +98,8 @@ def test_sources_are_ranked_by_what_was_right():
             [[0, 1, 1], [1, 2, 2], [-1, 3, 3]],
         ]
     )
-    guesses, there = odds.ranked(text=torch.full((3, 2), 3))
-    assert guesses[:, :, 0].tolist() == [[3, 2, 1], [3, 1, 2], [2, 1, 3]]
+    guesses, there = odds.ranked(text=torch.full((3, 2), 4))
+    assert guesses[:, :, 0].tolist() == [[4, 2, 1], [4, 1, 2], [2, 1, 4]]
     assert torch.equal(guesses[:, :, 0], guesses[:, :, 1])
     assert there.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
 
@@ -147,5 +147,7 @@ def test_a_clone_goes_its_own_way_until_it_is_loaded():
 
 
 def test_bad_settings():
+    with pytest.raises(ValueError, match="guesses='ordered' needs mode='sliding'"):
+        cllm.JacobiConfig(guesses="ordered", mode="block")
     with pytest.raises(ValueError, match="guesses must be one of 'adaptive', 'ordered', not 'any'"):
         cllm.JacobiConfig(guesses="any")

@@ -142,6 +142,7 @@ def test_sources_are_weighed_as_written_out(backend, device, data):
     texts = [data.draw(st.lists(token, min_size=1, max_size=9)) for _ in range(rows)]
     most = max(map(len, texts), default=1)
     width = most + calls * n
+    all_columns = data.draw(st.booleans())  # or those up to where the longest row ends
     sequences = torch.full((rows, width), 0)
     starts = torch.tensor([most - len(text) for text in texts], dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -169,6 +170,7 @@ def test_sources_are_weighed_as_written_out(backend, device, data):
                 *(sequences, generated, starts),
                 longest=longest,
                 least=least,
+                end=None if all_columns else int(generated.max()) if rows else 1,
                 odds=odds,
                 proposed=proposed,
                 since=since,
@@ -199,37 +201,29 @@ def test_sources_are_weighed_as_written_out(backend, device, data):
 
 @everywhere(OP)
 def test_a_source_that_is_wrong_gives_way_to_one_that_is_right(backend, device):
-    """A text that counts: the window's own guesses are right, the pool's and the text's never."""
-    cycle = [1, 2, 3, 4, 5, 6] * 8
-    sequences = torch.tensor([cycle])
+    """A text of which the window always knows what comes, and pool and text never."""
+    # an end of one token comes again and again, with another token behind it each time
+    text = [token for number in range(8, 48) for token in (7, number)]
+    sequences = torch.tensor([text])
     starts, n = torch.zeros(1, dtype=torch.int64), 4
-    odds = torch.tensor([[[1, 4], [2, 4], [3, 4], [4, 4]]]) * GUESS
+    odds = torch.tensor([[[1, 4], [2, 4], [3, 4]]]) * GUESS
     state = {
         "odds": odds.to(device),
         "proposed": torch.full((1, 3, n), -1, device=device),
         "since": torch.full((1,), -1, device=device),
     }
-    latest = table({token: 0 for token in range(V)})
+    latest = torch.zeros((1, 64), dtype=torch.int64)  # 0 behind every token
     taken = []
     with running(OP, backend, device):
-        for generated in range(7, 27):
-            window = torch.tensor([cycle[generated - 1 : generated - 1 + n]])
-            broken = sequences.clone()
-            broken[0, : generated - 4] = 0  # an end of one to three tokens never comes again
-            found = guessed(
-                device,
-                window,
-                latest,
-                broken,
-                torch.tensor([generated]),
-                starts,
-                longest=2,
-                **state,
-            )
+        for generated in range(7, 67, 2):
+            window = torch.tensor([text[generated - 1 : generated - 1 + n]])
+            rest = (sequences, torch.tensor([generated]), starts)
+            found = guessed(device, window, latest, *rest, longest=1, **state)
             taken.append(torch.equal(found, window))
     assert not taken[0] and all(taken[-10:])
-    right, wrong = state["odds"][0, 0].tolist()
-    assert right > 3 * wrong
+    (own, pool, looked_up) = state["odds"][0].tolist()
+    assert own[0] > 3 * own[1]
+    assert pool[0] < pool[1] / 8 and looked_up[0] < looked_up[1] / 8
 
 
 @everywhere(OP)
@@ -332,8 +326,8 @@ def arguments(**change):
 def weighed(longest=3):
     return {
         "odds": torch.full((2, 2 + longest, 2), GUESS),
-        "proposed": torch.full((2, 3, 3), -1),
-        "since": torch.full((2,), -1),
+        "proposed": torch.tensor([[[0, 3, 1], [1, 3, 3], [2, 1, 1]]] * 2),
+        "since": torch.tensor([2, 2]),
     }
 
 
@@ -368,6 +362,7 @@ ZEROS = torch.zeros((2, 4), dtype=torch.int64)
             ValueError,
             "odds needs sequences, which tell what was right; pass it too",
         ),
+        ({"since": ZEROS[0, :2]}, ValueError, "since is kept with odds, which is None"),
         ({**weighed(), "since": None}, ValueError, r"odds needs since, \[2\] int64"),
         ({**weighed(), "proposed": None}, ValueError, r"odds needs proposed, \[2, 3, 3\] int64"),
         ({**weighed(), "longest": 2}, ValueError, r"odds must be \[2, 4, 2\], not \[2, 5, 2\]"),
@@ -404,24 +399,32 @@ def test_as_torch_sees_it(left_out, kept):
     assert torch.equal(whole(*compiled), wanted)
     for one, other in zip(eager, compiled, strict=True):
         assert one is None or torch.equal(one, other)
+    assert not kept or not torch.equal(eager[5], rest[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("backend", ["triton"])
-def test_a_cuda_graph_replays_it(backend):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_cuda_graph_replays_it(backend, kept):
     """What is read at a replay is what the tensors hold then, the length of the text as well."""
+    state = arguments() | (weighed() if kept else {})
+    changed = ("window", *(weighed() if kept else ()))
     with running(OP, backend, "cuda"):
-        moved = {name: tensor.cuda() for name, tensor in arguments().items()}
+        moved = {name: tensor.cuda() for name, tensor in state.items()}
         cllm_kernels.guess_window(**moved)  # compiles outside the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             cllm_kernels.guess_window(**moved)
-        for generated in (4, 2, 3):
-            state = arguments(generated=torch.tensor([generated] * 2))
-            for name, tensor in state.items():
+        for name, tensor in state.items():
+            moved[name].copy_(tensor)
+        for generated in (4, 2, 3, 4):
+            fresh = arguments(generated=torch.tensor([generated] * 2))
+            for name, tensor in fresh.items():
                 moved[name].copy_(tensor)
+                state[name] = tensor
             graph.replay()
             with cllm_kernels.use_backend("auto"):
-                wanted = guessed("cpu", *state.values())
-            assert torch.equal(moved["window"].cpu(), wanted)
+                cllm_kernels.guess_window(**state)
+            for name in changed:
+                assert torch.equal(moved[name].cpu(), state[name]), name

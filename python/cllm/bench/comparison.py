@@ -16,7 +16,7 @@ from ..spread import Spread
 from ..verification import near_tie_tolerance, verify
 from .contenders import CONTENDERS, EAGER, TUNED, Setup
 from .contest import Contestant, Failed
-from .tasks import Kept, Task, weights_digest
+from .tasks import Kept, Task, code_digest, weights_digest
 
 
 class NothingToCompare(RuntimeError):
@@ -239,7 +239,7 @@ class Comparison:
         self, name: str, task: Task, size: int, number: int, place: int, prompts: list[list[int]]
     ) -> tuple[str, list[Any]]:
         """Under which a contender's batch is kept."""
-        key = [*self.key, name, prompts, task.max_new_tokens, number]
+        key = [*self.key, code_digest(), name, prompts, task.max_new_tokens, number]
         return f"{task.name}-{size}-{number}-{place}", key
 
     def finished(self) -> dict[str, Any]:

@@ -6,8 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import cllm_kernels
 
 from ..files import write_atomically
 
@@ -48,6 +51,17 @@ class Kept:
     def _path(self, name: str, key: Any) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"{name}-{digest}.json"
+
+
+@cache
+def code_digest() -> str:
+    """Names the code of both packages: what it measured is not taken for what other code would."""
+    digest = hashlib.sha256()
+    for package in (Path(cllm_kernels.__file__).parent, Path(__file__).parents[1]):
+        files = (path for end in ("py", "so") for path in package.rglob(f"*.{end}"))
+        for file in sorted(files):
+            digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(model: Any) -> str:

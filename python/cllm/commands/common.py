@@ -64,6 +64,7 @@ def decoding_config(
             f"--lookup {lookup}": bool(lookup),
             "--pool": bool(pool),
             f"--candidates {candidates}": candidates > 1,
+            f"--guesses {guesses}": guesses is not Guesses.adaptive,
             "--block-size auto": block_size == "auto",
         }
         for option in (name for name, given in sliding.items() if given):

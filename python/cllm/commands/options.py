@@ -146,7 +146,7 @@ PoolOption = Annotated[
     bool | None,
     typer.Option(
         "--pool/--no-pool",
-        help="Guess from earlier predictions where nothing is looked up.  [default: where "
+        help="Guess from earlier predictions, too.  [default: where "
         "something is looked up and no adapter guesses]",
         show_default=False,
     ),

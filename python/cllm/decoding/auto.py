@@ -131,7 +131,8 @@ class Choice:
         return self._acceptance.odds
 
     def observe(self, runs: Runs, odds: GuessOdds | None) -> None:
-        """Learn from what the call's forwards committed, and from what its sources proposed."""
+        """Learn from what the call's forwards committed, and from what its sources proposed: what
+        came of the last proposals is counted only where a graph ran one iteration ahead."""
         self._acceptance.add(runs, self.settings.width)
         if odds is not None and runs:
             self._acceptance.odds = odds.learnt()

@@ -39,20 +39,20 @@ class JacobiConfig:
             ``"prompt"`` draws from the row's own prompt (the paper's choice), ``"last"`` repeats
             the last prediction, ``"random"`` draws from the vocabulary, ``"pad"`` is the pad token.
         lookup: most tokens of the text's end that are looked up in the text before them; what
-            followed there becomes the window's guesses (prompt lookup decoding). 0: nothing is
+            followed there is a guess for the window (prompt lookup decoding). 0: nothing is
             looked up. In sliding mode only. ``None``: 8 in sliding mode (3 for several candidates),
             0 in block mode.
         lookup_least: an end that is found again must have so many tokens, from 1 to `lookup`.
             ``None``: 2 where the pool or an adapter would guess otherwise, else 1.
-        pool: where nothing is found there, the guess behind each token is what the model predicted
-            behind it last, in wrong windows too, or what stood behind it in the prompt. In sliding
-            mode only. ``None``: where something is looked up, and no adapter makes the guesses or
-            another candidate has them.
+        pool: another guess behind each token is what the model predicted behind it last, in wrong
+            windows too, or what stood behind it in the prompt. In sliding mode only. ``None``:
+            where something is looked up, and no adapter makes the guesses or another candidate has
+            them.
         guesses: which of text, pool and the window's own predictions (with an adapter: its
             guesses) a window takes. ``"adaptive"``: row by row the one that has been right most
-            often in the text so far, taken or not. ``"ordered"``: the text where it says something,
-            else the pool, else the window's own. The text of ``candidates`` beside an adapter's
-            comes in order.
+            often in the text so far, taken or not (with ``block_size="auto"`` in the calls before,
+            too). ``"ordered"``: the text where it says something, else the pool, else the window's
+            own, as in the candidate beside an adapter's. In sliding mode only.
         candidates: ``C``, windows for the same places that one forward of C * n rows checks, each
             by itself; the one with the most right guesses counts. They begin with different
             guesses: other continuations of the text's end, the pool's, the predictions that were
@@ -138,6 +138,8 @@ class JacobiConfig:
             problems.append(f"pool must be None, True or False, not {pool!r}")
         elif pool and self.mode == "block":
             problems.append("pool=True needs mode='sliding': a block keeps its own guesses")
+        if self.guesses == "ordered" and self.mode == "block":
+            problems.append("guesses='ordered' needs mode='sliding': a block keeps its own guesses")
         if not _is_positive(self.candidates):
             problems.append(f"candidates must be an integer >= 1, not {self.candidates!r}")
         elif self.candidates > 1 and self.mode == "block":

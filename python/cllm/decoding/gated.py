@@ -60,7 +60,7 @@ class GatedIteration(WindowIteration):
 class GatedCandidateIteration(CandidateIteration):
     """An iteration over several candidates, each of which an adapter goes on from.
 
-    The first is what decoding without an adapter would guess, the second the adapter's guesses:
+    The first is what the text says, else the pool, the second the adapter's guesses:
     the one knows the text, the other the model. Every candidate stands twice, first among those
     that are checked, then among guess rows; the guess rows of the best make the next guesses.
 

@@ -185,8 +185,8 @@ class WindowIteration:
         return recorded
 
     def _improve(self, window: torch.Tensor, end: int) -> None:
-        """Better guesses for a window [B, n], in place: from the text, else from earlier
-        predictions, or from what has been right so far."""
+        """Better guesses for a window [B, n], in place: of text, pool and window from what has been
+        right most often, or without odds from the first of them that says something."""
         pool, lookup, odds, state = self.pool, self.lookup, self.odds, self.state
         if pool is None and lookup is None:
             return

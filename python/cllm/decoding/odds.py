@@ -71,7 +71,8 @@ class GuessOdds:
         been right most often first, and which of them there are [B, 3].
 
         Args:
-            text: [B, n - 1] the text's, if it has no better ones.
+            text: [B, n - 1] the text's; where it proposed none, those of a shorter end, which are
+                ranked last and said not to be there.
         """
         kinds = self.proposed[:, :, 0]
         there = kinds >= 0
