@@ -2,8 +2,8 @@
 
 Half of the texts repeat themselves, so that the text gives their guesses; of the others all of the
 text is searched, and the guesses are a chain through the pool. Where the sources are weighed by how
-often each was right, every row has both, and every call counts what the one before proposed. A call
-takes microseconds, so a sample is `CALLS` of them: a window that has its guesses gets the same
+often each was right, every row has both, and every call counts proposals, some of them right. A
+call takes microseconds, so a sample is `CALLS` of them: a window that has its guesses gets the same
 again. On a GPU the same calls are also replayed as a CUDA graph, which is how a decoding loop runs
 them.
 

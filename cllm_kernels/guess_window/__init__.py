@@ -60,6 +60,11 @@ def guess_window(
     that is known behind the one before it (an n-gram pool with n = 2, lookahead decoding, Fu et
     al. 2024, arXiv 2402.02057), and where none is known the window's own.
 
+    With `odds` the three do not come in this order. What was proposed in the call before is first
+    compared with what the text has become since, up to the first guess that was wrong, and counted.
+    Then the source is taken whose kind of guess has most right ones for each wrong one, which
+    estimates the length of a run of right guesses where the text cuts some off.
+
     Args (int64, contiguous, on one device; B rows):
         window: [B, n], mutated; w[0] is the last committed token and stays.
         latest: [B, V] or None: of every token the latest one behind it, as stamp * V + token; -1
@@ -103,9 +108,10 @@ def guess_window(
         end = columns if end is None else end
         if not 1 <= end <= columns:
             raise ValueError(f"guess_window: end must be from 1 to L = {columns}, not {end}")
-        for name, value, lowest in (("longest", longest, odds is None), ("least", least, 1)):
+        fewest = 1 if odds is None else 0
+        for name, value, lowest in (("longest", longest, fewest), ("least", least, 1)):
             if value < lowest:
-                raise ValueError(f"guess_window: {name} must be at least {+lowest}, not {value}")
+                raise ValueError(f"guess_window: {name} must be at least {lowest}, not {value}")
     elif latest is None:
         raise ValueError("guess_window: nothing to guess from; pass latest, sequences or both")
     if odds is not None:

@@ -112,6 +112,13 @@ def test_who_fails_on_the_way_is_left_out_and_named(setup, tmp_path, monkeypatch
     monkeypatch.setattr(again, "contestants", lambda: iter([Stub(EAGER, ["again", "again"])]))
     monkeypatch.setattr(again, "references", lambda task: [[7] * 4, [7, 7, 7, 8]])
     assert again.run()["1"]["few"][EAGER] == one
+    # but not by other code
+    monkeypatch.setattr(module, "code_digest", lambda: "other")
+    other, _ = comparison(setup, tmp_path, [[3, 4], [5, 6]])
+    monkeypatch.setattr(other, "contestants", lambda: iter([Stub(EAGER, ["anew", "anew"])]))
+    monkeypatch.setattr(other, "references", lambda task: [[7] * 4, [7, 7, 7, 8]])
+    with pytest.raises(NothingToCompare, match="anew"):
+        other.run()
 
 
 def test_a_size_may_be_given_fewer_batches(setup, tmp_path, monkeypatch):

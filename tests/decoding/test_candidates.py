@@ -91,13 +91,14 @@ def test_near_ties_do_not_hang_on_which_of_them_it_is(dtype, kept):
 
 
 def test_they_take_fewer_forwards():
-    model, forwards = tiny_model("qwen3"), []
+    forwards = []
     for candidates in (1, 2, 4):
         outs = [
             cllm.generate(
-                model, **prompts([24], seed=seed), max_new_tokens=60, block_size=6,
+                tiny_model(family), **prompts([24], seed=seed), max_new_tokens=60, block_size=6,
                 candidates=candidates, lookup=3, return_dict_in_generate=True,
             )
+            for family in ("llama", "qwen3")
             for seed in range(6)
         ]  # fmt: skip
         forwards.append(sum(out.forwards for out in outs))

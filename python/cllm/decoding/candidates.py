@@ -73,6 +73,7 @@ class CandidateIteration(WindowIteration):
                 window, state.sequences, state.generated, end, count
             )
         if self.odds is not None:
+            # what it counts and proposes is wanted; the window it makes is one of the ranked
             self._improve(window.clone(memory_format=torch.contiguous_format), end)
             ranked, there = self.odds.ranked(text=found[:, 0])
             sources, usable = [ranked, found[:, 1:]], [there, enough[:, 1:]]

@@ -1,10 +1,10 @@
 """Which source a row's guesses come from: the one that has been right most often in its text.
 
 What a window's own left-over predictions are worth hangs on the model: a base model's are hardly
-ever right, a consistency LLM's more often than anything that stands in the text (CLLM, arXiv
-2403.00835, section 3.2). So none of them comes first as such. Every source's proposals are compared
-with what the text becomes, whether they were taken or not, and how often a kind of guess was right
-for each time it was wrong decides from then on.
+ever right, a consistency LLM's (CLLM, arXiv 2403.00835) may be more often than anything that
+stands in the text (docs/performance.md). So none of them comes first as such. Every source's
+proposals are compared with what the text becomes, whether they were taken or not, and how often a
+kind of guess was right for each time it was wrong decides from then on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 from cllm_kernels.guess_window.reference import GUESS
 
-# Right guesses for a wrong one that are believed in before anything is seen, about what 24 prompts
-# of three tasks gave for SmolLM2-135M-Instruct: of the window's own, an adapter's, the pool's, and
-# of text whose end was found again with 1, 2, ... tokens.
+# Right guesses for a wrong one that are believed in before anything is seen, set by hand, in the
+# order that suits base weights: of the window's own, an adapter's, the pool's, and of text whose
+# end was found again with 1, 2, ... tokens.
 _OWN, _ADAPTER, _POOL = 0.2, 0.9, 0.55
 _TEXT = (0.5, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0)
 # wrong guesses that this belief is worth; text of a kind is seen less often
