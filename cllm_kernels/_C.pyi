@@ -59,6 +59,37 @@ def guess_window_cpu(
     since: int,
     threads: int,
 ) -> None: ...
+def guess_candidates_cpu(
+    windows: int,
+    count: int,
+    own_second: bool,
+    window: int,
+    latest: int,
+    sequences: int,
+    generated: int,
+    starts: int,
+    rows: int,
+    n: int,
+    vocabulary: int,
+    width: int,
+    longest: int,
+    least: int,
+    end: int,
+    odds: int,
+    proposed: int,
+    since: int,
+    threads: int,
+) -> None: ...
+def best_candidate_cpu(
+    windows: int,
+    predictions: int,
+    guesses: int,
+    candidate: int,
+    kept: int,
+    rows: int,
+    count: int,
+    n: int,
+) -> None: ...
 def guess_pool_add_cpu(
     latest: int,
     stamps: int,

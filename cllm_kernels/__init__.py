@@ -2,6 +2,8 @@
 
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
     guess_window(...)     better guesses, from the text and from a pool of predictions: one launch
+    guess_candidates(...) several windows for the same places, likewise: one launch
+    best_candidate(...)   the one of them with most right guesses, once a forward has checked them
     guess_pool_add(...)   what a forward predicted, kept in that pool
     row_argmax(logits)    argmax over the vocabulary at the speed of memory
     linear_argmax(h, W)   argmax of h @ W.T, or a sample of its softmax; the logits never held whole
@@ -33,11 +35,13 @@ from cllm_kernels._backend import (
     use_backend,
 )
 from cllm_kernels._native import build_info
+from cllm_kernels.best_candidate import best_candidate
 from cllm_kernels.block_attention import block_attention
 from cllm_kernels.block_linear import block_linear
 from cllm_kernels.decoder_layer import decoder_layer
 from cllm_kernels.decoder_layer.stack import DecoderStack, decoder_layers
 from cllm_kernels.decoder_layer.weights import DecoderWeights
+from cllm_kernels.guess_candidates import guess_candidates
 from cllm_kernels.guess_pool_add import guess_pool_add
 from cllm_kernels.guess_window import guess_window
 from cllm_kernels.gumbel_noise import gumbel_noise
@@ -55,12 +59,14 @@ __all__ = [
     "DecoderWeights",
     "__version__",
     "backends",
+    "best_candidate",
     "block_attention",
     "block_linear",
     "build_info",
     "current_backend",
     "decoder_layer",
     "decoder_layers",
+    "guess_candidates",
     "guess_pool_add",
     "guess_window",
     "gumbel_noise",

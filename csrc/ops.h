@@ -70,6 +70,28 @@ constexpr int64_t kGuessMemory = 32 * kGuess;
 
 void guess_window_cpu(const GuessWindow& guess, int threads);
 
+struct GuessCandidates {
+    GuessWindow guess;  // its window is not changed
+    int64_t* windows;   // [rows, count, n], written
+    int64_t count;
+    bool own_second;  // the window's own guesses are among the first two
+};
+
+void guess_candidates_cpu(const GuessCandidates& all, int threads);
+
+struct BestCandidate {
+    const int64_t* windows;      // [rows, count, n]
+    const int64_t* predictions;  // [rows, count, n]
+    const int64_t* guesses;      // [rows, count, n], or null
+    int64_t* candidate;          // [rows], written
+    int64_t* kept;               // [2, rows, n], or [3, rows, n] with guesses, written
+    int64_t rows;
+    int64_t count;
+    int64_t n;
+};
+
+void best_candidate_cpu(const BestCandidate& of);
+
 struct GuessPoolAdd {
     int64_t* latest;             // [rows, vocabulary], mutated
     int64_t* stamps;             // [rows], mutated

@@ -35,7 +35,7 @@ KEPT = ("odds", "proposed", "since")
 
 
 def state(
-    rows: int, n: int, width: int, vocabulary: int, weighed: bool
+    rows: int, n: int, width: int, vocabulary: int, weighed: bool, longest: int = LONGEST
 ) -> Callable[[torch.device], Inputs]:
     def make(device: torch.device) -> Inputs:
         text = torch.randint(0, vocabulary, (rows, width))
@@ -51,7 +51,7 @@ def state(
             "starts": torch.zeros(rows, dtype=torch.int64),
         }
         if weighed:
-            made["odds"] = torch.full((rows, 2 + LONGEST, 2), reference.GUESS)
+            made["odds"] = torch.full((rows, 2 + longest, 2), reference.GUESS)
             since = generated - n  # all that was proposed is known: the window's own was right
             kinds = torch.tensor([0, 1, 1 + LEAST])[:, None].expand(rows, -1, 1)
             right = text.gather(1, since[:, None] + torch.arange(n - 1))

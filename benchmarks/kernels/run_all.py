@@ -15,7 +15,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OPS = (
-    *("row_argmax", "jacobi_step", "guess_window", "guess_pool_add", "gumbel_noise"),
+    *("row_argmax", "jacobi_step", "gumbel_noise"),
+    *("guess_window", "guess_candidates", "best_candidate", "guess_pool_add"),
     *("linear_argmax", "block_attention", "block_linear", "decoder_layer"),
     *("rms_norm", "linear_consistency_loss"),
 )

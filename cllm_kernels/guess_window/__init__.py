@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cllm_kernels._backend import Op, register
-from cllm_kernels._common import LIBRARY, check_int64, eager, shape_text
+from cllm_kernels._common import LIBRARY, eager
+from cllm_kernels.guess_window.arguments import check_sources, kept_together
 
 
 def _reference() -> Any:
@@ -89,36 +90,20 @@ def guess_window(
         ValueError: a shape, layout, device or number that does not fit, or nothing to guess from.
         TypeError: a wrong dtype. BackendError: see `use_backend`.
     """
-    if window.dim() != 2 or window.shape[1] < 1:
-        raise ValueError(f"guess_window: window must be [B, n], n >= 1, not {shape_text(window)}")
-    _check("window", window, window, 2)
-    tensors = [window]
-    if latest is not None:
-        _check("latest", latest, window, 2)
-        tensors.append(latest)
-    if sequences is not None:
-        if generated is None or starts is None:
-            missing = "generated" if generated is None else "starts"
-            raise ValueError(f"guess_window: sequences needs {missing}, [B] int64; pass it too")
-        _check("sequences", sequences, window, 2)
-        _check("generated", generated, window, 1)
-        _check("starts", starts, window, 1)
-        tensors += (sequences, generated, starts)
-        columns = sequences.shape[1]
-        end = columns if end is None else end
-        if not 1 <= end <= columns:
-            raise ValueError(f"guess_window: end must be from 1 to L = {columns}, not {end}")
-        fewest = 1 if odds is None else 0
-        for name, value, lowest in (("longest", longest, fewest), ("least", least, 1)):
-            if value < lowest:
-                raise ValueError(f"guess_window: {name} must be at least {lowest}, not {value}")
-    elif latest is None:
-        raise ValueError("guess_window: nothing to guess from; pass latest, sequences or both")
-    if odds is not None:
-        tensors += _check_odds(window, sequences, longest, odds, proposed, since)
-    elif proposed is not None or since is not None:
-        name = "since" if proposed is None else "proposed"
-        raise ValueError(f"guess_window: {name} is kept with odds, which is None; pass it too")
+    tensors, end = check_sources(
+        "guess_window",
+        window,
+        latest,
+        sequences,
+        generated,
+        starts,
+        longest,
+        least,
+        end,
+        odds,
+        proposed,
+        since,
+    )
     guess = (
         OP.resolve(window.device)
         if eager(*tensors)
@@ -132,50 +117,11 @@ def guess_window(
         starts,
         longest,
         least,
-        end or 0,
+        end,
         odds,
         proposed,
         since,
     )
-
-
-def _check_odds(
-    window: Tensor,
-    sequences: Tensor | None,
-    longest: int,
-    odds: Tensor,
-    proposed: Tensor | None,
-    since: Tensor | None,
-) -> tuple[Tensor, ...]:
-    rows, n = window.shape
-    if sequences is None:
-        raise ValueError(
-            "guess_window: odds needs sequences, which tell what was right; pass it too"
-        )
-    if proposed is None or since is None:
-        missing = f"proposed, [{rows}, 3, {n}]" if proposed is None else f"since, [{rows}]"
-        raise ValueError(f"guess_window: odds needs {missing} int64; pass it too")
-    named = {"odds": odds, "proposed": proposed, "since": since}
-    wanted = {"odds": (rows, 2 + longest, 2), "proposed": (rows, 3, n), "since": (rows,)}
-    for name, tensor in named.items():
-        if tensor.shape != wanted[name]:
-            raise ValueError(
-                f"guess_window: {name} must be {list(wanted[name])}, not {shape_text(tensor)}"
-            )
-    check_int64("guess_window", ("window", window), **named)
-    return odds, proposed, since
-
-
-def _check(name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
-    shape = tensor.shape
-    rows = window.shape[0]
-    if len(shape) != dims or shape[0] != rows or shape[-1] < (dims == 2):
-        of_rows = f"[{rows}], one entry per row of window"
-        wanted = {"latest": f"[{rows}, V], V >= 1", "sequences": f"[{rows}, L], L >= 1"}
-        raise ValueError(
-            f"guess_window: {name} must be {wanted.get(name, of_rows)}, not {shape_text(tensor)}"
-        )
-    check_int64("guess_window", ("window", window), **{name: tensor})
 
 
 LIBRARY.define(
@@ -187,8 +133,7 @@ LIBRARY.define(
 
 
 def _dispatched(window: Tensor, *rest: Any) -> None:
-    if len({kept is None for kept in rest[-3:]}) > 1:
-        raise ValueError("guess_window: odds, proposed and since go together; pass all or none")
+    kept_together("guess_window", *rest[-3:])
     OP.resolve(window.device)(window, *rest)
 
 

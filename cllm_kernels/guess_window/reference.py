@@ -28,7 +28,7 @@ def guess_window(
     if window.shape[1] == 1:
         return
     first = window[:, :1]
-    pooled = window if latest is None else _chained(window, latest)
+    pooled = window if latest is None else chained(window, latest)
     guesses, run = window, torch.zeros_like(first)  # [B, n], [B, 1]
     if sequences is not None and generated is not None and starts is not None and longest > 0:
         text = sequences[:, :end]  # [B, end]
@@ -50,7 +50,7 @@ def guess_window(
     proposed.copy_(made)
     proposed[:, :, 0] = kinds
     since.copy_(generated)
-    best = _best(odds, kinds)[:, None, None].expand(-1, 1, made.shape[2])
+    best = best_source(odds, kinds)[:, None, None].expand(-1, 1, made.shape[2])
     window.copy_(made.gather(1, best)[:, 0])
 
 
@@ -81,22 +81,23 @@ def _learn(
     odds.scatter_add_(1, rows, (after - before) * counts[:, :, None])
 
 
-def _best(
+def best_source(
     odds: Tensor,  # [B, kinds, 2]
     kinds: Tensor,  # [B, 3], -1: nothing was proposed
 ) -> Tensor:
-    """[B]: the source with most right guesses to a wrong one, the last of equals."""
+    """[B]: the source with most right guesses to a wrong one, the last of equals; 0 where nothing
+    was proposed at all."""
     good, bad = odds.gather(1, kinds.clamp(min=0)[:, :, None].expand(-1, -1, 2)).unbind(dim=2)
     best = torch.zeros_like(kinds[:, :1])
     for source in range(1, kinds.shape[1]):
         mine, its = good[:, source : source + 1], good.gather(1, best)
         against, for_it = bad[:, source : source + 1], bad.gather(1, best)
-        better = (kinds[:, source : source + 1] >= 0) & (mine * for_it >= its * against)
-        best = torch.where(better, source, best)
+        better = (mine * for_it >= its * against) | (kinds.gather(1, best) < 0)
+        best = torch.where((kinds[:, source : source + 1] >= 0) & better, source, best)
     return best[:, 0]
 
 
-def _chained(window: Tensor, latest: Tensor) -> Tensor:
+def chained(window: Tensor, latest: Tensor) -> Tensor:
     """[B, n]: behind the window's first token the latest one behind each; where there is none, the
     window's own."""
     vocabulary = latest.shape[1]

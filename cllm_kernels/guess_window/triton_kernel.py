@@ -16,16 +16,30 @@ WARPS = 4
 
 
 @triton.jit
+def entry(
+    values,  # [COUNT] int64
+    place,
+    COUNT: tl.constexpr,
+):
+    """One of the values."""
+    return tl.sum(tl.where(tl.arange(0, COUNT) == place, values, 0), axis=0)
+
+
+@triton.jit
 def search(
     text,  # [width] int64
     first,
     last,
     width,
+    taken,  # [WAYS] int64
+    count,
     LONGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,  # 0: nothing is taken yet
 ):
     """Score run * width + column of the latest column before `last` up to which most tokens are
-    those up to `last`; -1 where none is."""
+    those up to `last`, and behind which none of the first `count` of `taken` stands; -1 where
+    there is none."""
     best = tl.full((BLOCK,), -1, tl.int64)
     for base in range(first, last, BLOCK):
         column = base + tl.arange(0, BLOCK)
@@ -39,7 +53,12 @@ def search(
             alive = alive & inside & (token == key)
             run += alive.to(tl.int64)
         # the longest first, the latest of equals
-        best = tl.maximum(best, tl.where(run > 0, run * width + column, -1))
+        score = tl.where(run > 0, run * width + column, -1)
+        if WAYS > 0:
+            following = tl.load(text + column + 1, mask=column < last, other=0)
+            for way in range(0, count):
+                score = tl.where(following == entry(taken, way, WAYS), -1, score)
+        best = tl.maximum(best, score)
     return tl.max(best, axis=0)
 
 
@@ -94,6 +113,77 @@ def learn(
     tl.store(place + 1, bad, mask=counts)
 
 
+@triton.jit
+def propose(
+    w_row,  # [n] int64
+    text,  # [width] int64
+    pairs,  # [vocabulary] int64
+    odds,  # [kinds, 2] int64, mutated
+    made,  # [3, n] int64, mutated
+    since_ptr,  # [1] int64, mutated
+    generated,
+    end,
+    kind,  # of the text's guesses, -1: it has none
+    place,  # [SLOTS] int64 columns of them
+    n,
+    vocabulary,
+    kinds,
+    HAS_POOL: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Learns from what a row has proposed, and proposes anew; behind it all threads see that."""
+    i = tl.arange(0, SLOTS)
+    pool = made + n
+    looked_up = pool + n
+    since = tl.load(since_ptr)
+    known = tl.minimum(tl.minimum(generated, end) - since, n - 1)
+    known = tl.where(since < 0, 0, known)
+    truth = text + tl.maximum(since, 0)
+    learn(made, odds, truth, known, n, kinds, SLOTS)
+    learn(pool, odds, truth, known, n, kinds, SLOTS)
+    learn(looked_up, odds, truth, known, n, kinds, SLOTS)
+    tl.debug_barrier()  # what was proposed has been read, what was learnt is there
+    tl.store(since_ptr, generated)
+    inside = i < n
+    mine = tl.load(w_row + i, mask=inside, other=0)
+    tl.store(made + i, tl.where(i > 0, mine, 0), mask=inside)
+    if HAS_POOL:
+        tl.store(pool, 1)
+        chain(pool, w_row, pairs, n, vocabulary)
+    else:
+        tl.store(pool + i, tl.where(i > 0, mine, -1), mask=inside)
+    guessed = (i > 0) & (i < tl.where(kind >= 0, n, 0))
+    mine = tl.where(guessed, tl.load(text + place, mask=guessed, other=0), mine)
+    tl.store(looked_up + i, tl.where(i > 0, mine, kind), mask=inside)
+    tl.debug_barrier()  # what was stored by other threads is read behind it
+
+
+@triton.jit
+def best_source(
+    odds,  # [kinds, 2] int64
+    kind,
+    without,
+    HAS_POOL: tl.constexpr,
+):
+    """Of own (0), pool (1) and text (2, whose guesses are of a kind, -1: it has none), but for
+    `without`, the one with most right guesses to a wrong one, the last of equals; 3: none."""
+    best = tl.where(without == 0, 3, 0)
+    good = tl.load(odds)
+    bad = tl.load(odds + 1)
+    if HAS_POOL:
+        its_good = tl.load(odds + 2)
+        its_bad = tl.load(odds + 3)
+        better = (without != 1) & ((best == 3) | (its_good * bad >= good * its_bad))
+        best = tl.where(better, 1, best)
+        good = tl.where(better, its_good, good)
+        bad = tl.where(better, its_bad, bad)
+    there = (kind >= 0) & (without != 2)
+    its_good = tl.load(odds + 2 * kind, mask=there, other=0)
+    its_bad = tl.load(odds + 2 * kind + 1, mask=there, other=0)
+    better = there & ((best == 3) | (its_good * bad >= good * its_bad))
+    return tl.where(better, 2, best)
+
+
 # A text grows from call to call: its width must not decide what is compiled.
 @triton.jit(do_not_specialize=["width", "end"])
 def guess_window_kernel(
@@ -128,57 +218,38 @@ def guess_window_kernel(
     if LONGEST > 0:
         first = tl.maximum(tl.load(starts_ptr + row), 0)
         last = tl.minimum(tl.load(generated_ptr + row), end) - 1
-        score = search(text, first, last, width.to(tl.int64), LONGEST, BLOCK)
+        score = search(text, first, last, width.to(tl.int64), 0, 0, LONGEST, BLOCK, 0)
         column = tl.maximum(score, 0) % width
         place = column + 1 + tl.maximum(i - 1, 0) % tl.maximum(last - column, 1)
     found = score >= LEAST * width.to(tl.int64)
-    guessed = (i > 0) & (i < tl.where(found, n, 0))
     if WEIGHED:
         kinds = 2 + LONGEST
         odds = odds_ptr + row * kinds * 2
-        own = proposed_ptr + row * 3 * n
-        pool = own + n
-        looked_up = pool + n
-        since = tl.load(since_ptr + row)
+        made = proposed_ptr + row * 3 * n
         generated = tl.load(generated_ptr + row)
-        known = tl.minimum(tl.minimum(generated, end) - since, n - 1)
-        known = tl.where(since < 0, 0, known)
-        truth = text + tl.maximum(since, 0)
-        learn(own, odds, truth, known, n, kinds, SLOTS)
-        learn(pool, odds, truth, known, n, kinds, SLOTS)
-        learn(looked_up, odds, truth, known, n, kinds, SLOTS)
-        tl.debug_barrier()  # what was proposed has been read, what was learnt is there
-        tl.store(since_ptr + row, generated)
-        inside = i < n
-        mine = tl.load(w_row + i, mask=inside, other=0)
-        tl.store(own + i, tl.where(i > 0, mine, 0), mask=inside)
-        # the best so far, of equals the last; then what a later one has for and against it
-        best = row - row  # where in the row's proposals it begins
-        good = tl.load(odds)
-        bad = tl.load(odds + 1)
-        if HAS_POOL:
-            tl.store(pool, 1)
-            chain(pool, w_row, pairs, n, vocabulary)
-            its_good = tl.load(odds + 2)
-            its_bad = tl.load(odds + 3)
-            better = its_good * bad >= good * its_bad
-            best = tl.where(better, n, best)
-            good = tl.where(better, its_good, good)
-            bad = tl.where(better, its_bad, bad)
-        else:
-            tl.store(pool + i, tl.where(i > 0, mine, -1), mask=inside)
         kind = tl.where(found, 1 + score // width, -1)
-        if LONGEST > 0:
-            mine = tl.where(guessed, tl.load(text + place, mask=guessed, other=0), mine)
-            its_good = tl.load(odds + 2 * kind, mask=found, other=0)
-            its_bad = tl.load(odds + 2 * kind + 1, mask=found, other=0)
-            better = found & (its_good * bad >= good * its_bad)
-            best = tl.where(better, 2 * n, best)
-        tl.store(looked_up + i, tl.where(i > 0, mine, kind), mask=inside)
-        tl.debug_barrier()  # what was stored by other threads is read here
-        guessed = inside & (i > 0)
-        tl.store(w_row + i, tl.load(own + best + i, mask=guessed, other=0), mask=guessed)
+        propose(
+            w_row,
+            text,
+            pairs,
+            odds,
+            made,
+            since_ptr + row,
+            generated,
+            end,
+            kind,
+            place,
+            n,
+            vocabulary,
+            kinds,
+            HAS_POOL,
+            SLOTS,
+        )
+        best = best_source(odds, kind, 3, HAS_POOL)
+        guessed = (i > 0) & (i < n)
+        tl.store(w_row + i, tl.load(made + best * n + i, mask=guessed, other=0), mask=guessed)
     else:
+        guessed = (i > 0) & (i < tl.where(found, n, 0))
         if LONGEST > 0:
             tl.store(w_row + i, tl.load(text + place, mask=guessed, other=0), mask=guessed)
         if HAS_POOL:

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cllm
-from cllm.decoding.candidates import chosen, longest_right, taken
 from cllm.decoding.forward import BlockForward
 
 from .test_gated import greedy
@@ -16,7 +15,6 @@ from .tiny_models import prompts, tiny_model
 
 # native layers; sliding windows; masks added to the scores; latent attention; names its attention
 FAMILIES = ["llama", "qwen3", "mistral", "gemma3", "gemma2", "gpt2", "deepseek-v3", "falcon"]
-TOKENS = st.integers(0, 3)
 
 
 @pytest.fixture
@@ -124,42 +122,6 @@ def test_what_is_recorded_is_the_window_that_was_kept():
         return_dict_in_generate=True,
     )  # fmt: skip
     check_recorded(out, 6)
-
-
-@given(data=st.data(), count=st.integers(1, 4), rows=st.integers(1, 3), size=st.integers(1, 3))
-def test_the_first_usable_ones_that_differ(data, count, rows, size):
-    sources = data.draw(st.integers(count, 6), "sources")
-    guess = st.lists(TOKENS, min_size=size, max_size=size)
-    given_ = [[data.draw(guess) for _ in range(sources)] for _ in range(rows)]
-    usable = [[data.draw(st.booleans()) for _ in range(sources)] for _ in range(rows)]
-    always = data.draw(st.integers(0, count), "always")
-    found = chosen(torch.tensor(given_), torch.tensor(usable), count, always).tolist()
-    for row, flags, picked in zip(given_, usable, found, strict=True):
-        begun, first, second, rest = set(), [], [], []
-        for place, (one, flag) in enumerate(zip(row, flags, strict=True)):
-            kind = rest if not flag else second if one[0] in begun else first
-            (first if place < always else kind).append(one)
-            if flag:
-                begun.add(one[0])
-        assert picked == (first + second + rest)[:count]
-
-
-@given(data=st.data(), count=st.integers(1, 4), width=st.integers(1, 4))
-def test_the_longest_right_one_counts(data, count, width):
-    tokens = st.lists(TOKENS, min_size=width, max_size=width)
-    windows, predictions = (
-        [[data.draw(tokens) for _ in range(count)] for _ in range(2)] for _ in range(2)
-    )
-    best = longest_right(torch.tensor(windows), torch.tensor(predictions))
-    for row, candidate in enumerate(best.tolist()):
-        lengths = []
-        for window, predicted in zip(windows[row], predictions[row], strict=True):
-            right = 0
-            while right + 1 < width and window[right + 1] == predicted[right]:
-                right += 1
-            lengths.append(right)
-        assert candidate == lengths.index(max(lengths))
-        assert taken(torch.tensor(windows), best)[row].tolist() == windows[row][candidate]
 
 
 @pytest.mark.parametrize(

@@ -87,23 +87,6 @@ def test_several_candidates_begin_with_the_best():
     assert weighed <= alone + 2 < ordered
 
 
-def test_sources_are_ranked_by_what_was_right():
-    odds = GuessOdds(3, 3, 2, gated=False, device=torch.device("cpu"))
-    # own, pool, text of one token, text of two
-    odds.odds[:] = torch.tensor([[4, 8], [3, 2], [3, 2], [9, 1]])
-    odds.proposed[:] = torch.tensor(
-        [
-            [[0, 1, 1], [1, 2, 2], [2, 3, 3]],
-            [[0, 1, 1], [-1, 2, 2], [3, 3, 3]],
-            [[0, 1, 1], [1, 2, 2], [-1, 3, 3]],
-        ]
-    )
-    guesses, there = odds.ranked(text=torch.full((3, 2), 4))
-    assert guesses[:, :, 0].tolist() == [[4, 2, 1], [4, 1, 2], [2, 1, 4]]
-    assert torch.equal(guesses[:, :, 0], guesses[:, :, 1])
-    assert there.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
-
-
 def test_rows_know_nothing_of_each_other():
     model, inputs = told_by_place(), prompts([21, 6, 13])
     settings = dict(max_new_tokens=60, block_size=6, return_dict_in_generate=True)

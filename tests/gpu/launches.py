@@ -186,6 +186,43 @@ def guesses(n: int, width: int) -> None:
         cllm_kernels.guess_window(window, latest, text, grown, starts, longest=4, least=2, **state)
 
 
+def guess_candidates() -> Iterator[Launch]:
+    for n in (2, 5, 70):
+        for count in (2, 5):
+            yield f"n={n} C={count}", lambda n=n, count=count: candidates(n, count)
+
+
+def candidates(n: int, count: int) -> None:
+    rows, vocabulary, width = 4, 53, 1500
+    text = torch.randint(0, vocabulary, (rows, width), device=DEVICE)
+    text[1, -6:] = text[1, :6]  # one row's end is found again
+    window = text[:, -1:].repeat(1, n)
+    latest = torch.randint(-1, 9 * vocabulary, (rows, vocabulary), device=DEVICE)
+    generated = torch.tensor([width - 5, width, 1, 0], device=DEVICE)
+    rest = latest, text, generated, torch.tensor([3, 0, 0, 0], device=DEVICE)
+    state = {
+        "odds": torch.full((rows, 5, 2), 1024, device=DEVICE),
+        "proposed": torch.full((rows, 3, n), -1, device=DEVICE),
+        "since": torch.full((rows,), -1, device=DEVICE),
+    }
+    for own_second in (False, True):
+        options = {"longest": 3, "own_second": own_second}
+        cllm_kernels.guess_candidates(window, count, latest)
+        cllm_kernels.guess_candidates(window, count, *rest, **options)
+        cllm_kernels.guess_candidates(window, count, *rest, **options, **state)
+
+
+def best_candidate() -> Iterator[Launch]:
+    for n in (1, 5, 130):
+        yield f"n={n}", lambda n=n: best_of(n)
+
+
+def best_of(n: int) -> None:
+    tokens = [torch.randint(0, 2, (3, 4, n), device=DEVICE) for _ in range(3)]
+    cllm_kernels.best_candidate(*tokens[:2])
+    cllm_kernels.best_candidate(*tokens)
+
+
 def guess_pool_add() -> Iterator[Launch]:
     for n in (1, 5, 700):
         yield f"n={n}", lambda n=n: pooled(n)
@@ -261,6 +298,8 @@ LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "linear_argmax": linear_argmax,
     "jacobi_step": jacobi_step,
     "guess_window": guess_window,
+    "guess_candidates": guess_candidates,
+    "best_candidate": best_candidate,
     "guess_pool_add": guess_pool_add,
     "block_attention": block_attention,
     "linear_consistency_loss": linear_consistency_loss,

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 import cllm_kernels
 from cllm_kernels.guess_window import OP
-from cllm_kernels.guess_window.reference import GUESS, MEMORY
+from cllm_kernels.guess_window.reference import GUESS
 from tests.kernels.backends import everywhere, running, slow_interpreter
-
-V = 7
+from tests.kernels.guesses import V, Weighed, definition, table
 
 
 def guessed(device, window, *rest, **options):
@@ -19,78 +18,6 @@ def guessed(device, window, *rest, **options):
     rest = [None if tensor is None else tensor.to(device) for tensor in rest]
     assert cllm_kernels.guess_window(window, *rest, **options) is None
     return window.cpu()
-
-
-def table(*rows):
-    """latest [B, V] of {token: latest token behind it}, entries of different stamps."""
-    made = torch.full((len(rows), V), -1)
-    for number, known in enumerate(rows):
-        for stamp, (token, following) in enumerate(known.items()):
-            made[number, token] = stamp * V + following
-    return made
-
-
-class Weighed:
-    """What a row proposes, learns and takes, written out in lists."""
-
-    def __init__(self, longest, least, odds):
-        self.longest, self.least = longest, least
-        self.odds = [list(pair) for pair in odds]
-        self.proposed, self.since = [], -1
-
-    def take(self, window, known, text):
-        """The row's next window; `known` is None without a pool."""
-        became = text[self.since :] if self.since >= 0 else []
-        for kind, guesses in self.proposed:
-            right = 0
-            compared = min(len(became), len(guesses))
-            while right < compared and guesses[right] == became[right]:
-                right += 1
-            if kind >= 0 and compared:
-                pair = self.odds[kind]
-                pair[0] += right * GUESS
-                pair[1] += GUESS if right < compared else 0
-                if sum(pair) > MEMORY:
-                    pair[:] = pair[0] // 2, max(pair[1] // 2, 1)
-        own = window[1:]
-        chained = definition(window, known or {}, [], 0, 1)[1:]
-        run = next(
-            (
-                length
-                for length in range(min(self.longest, len(text) - 1), 0, -1)
-                if any(text[p : p + length] == text[-length:] for p in range(len(text) - length))
-            ),
-            0,
-        )
-        found = run >= self.least
-        looked_up = definition(window, {}, text, self.longest, self.least)[1:] if found else own
-        self.proposed = [
-            (0, own),
-            (-1 if known is None else 1, chained),
-            (run + 1 if found else -1, looked_up),
-        ]
-        self.since = len(text)
-        best = self.proposed[0]
-        for one in self.proposed[1:]:
-            if one[0] >= 0:
-                (mine, against), (its, for_it) = self.odds[one[0]], self.odds[best[0]]
-                best = one if mine * for_it >= its * against else best
-        return [window[0], *best[1]]
-
-
-def definition(window, known, text, longest, least):
-    """What a row's window becomes, written out in lists."""
-    for length in range(longest, 0, -1) if text else ():
-        if length < least or length > len(text):
-            continue
-        for place in range(len(text) - length - 1, -1, -1):
-            if text[place : place + length] == text[-length:]:
-                since = text[place + length :]
-                return window[:1] + [since[i % len(since)] for i in range(len(window) - 1)]
-    made = window[:1]
-    for own in window[1:]:
-        made.append(known.get(made[-1], own))
-    return made
 
 
 @everywhere(OP)

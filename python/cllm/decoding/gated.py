@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..adapter import Gate
-from .candidates import CandidateIteration, chosen
+from .candidates import CandidateIteration
 from .config import JacobiConfig
 from .loop import HostView, WindowIteration, WindowState
 from .predict import columns_from
@@ -60,8 +60,8 @@ class GatedIteration(WindowIteration):
 class GatedCandidateIteration(CandidateIteration):
     """An iteration over several candidates, each of which an adapter goes on from.
 
-    The first is what the text says, else the pool, the second the adapter's guesses:
-    the one knows the text, the other the model. Every candidate stands twice, first among those
+    The adapter's guesses are the second of them, if they are not the first: text and pool know the
+    text, the adapter knows the model. Every candidate stands twice, first among those
     that are checked, then among guess rows; the guess rows of the best make the next guesses.
 
     Args:
@@ -69,22 +69,12 @@ class GatedCandidateIteration(CandidateIteration):
         others: those of `CandidateIteration`.
     """
 
+    own_second = True
+
     def __init__(self, *args: Any, gate: Gate, **others: Any):
         super().__init__(*args, **others)
         self.gate = gate
         self.verify = self.config.width
-
-    def _candidates(self, end: int) -> torch.Tensor:
-        window = self.state.window
-        known = window.clone(memory_format=torch.contiguous_format)
-        self._improve(known, end)
-        windows = torch.stack([known, window], dim=1)
-        if self.candidates == 2:
-            return windows
-        windows = torch.cat([windows, super()._candidates(end)], dim=1)
-        usable = torch.ones_like(windows[:, :, 0], dtype=torch.bool)
-        guesses = chosen(windows[:, :, 1:], usable, self.candidates, always=2)
-        return torch.cat([windows[:, : self.candidates, :1], guesses], dim=2)
 
     def _forward(
         self, windows: torch.Tensor, host: HostView
@@ -97,7 +87,7 @@ class GatedCandidateIteration(CandidateIteration):
             )
         if not self.predictor.needs_prefixes:
             drafted = self._predictions(given, twice, host)
-            return drafted[:, :count].contiguous(), drafted[:, count:]
+            return drafted[:, :count].contiguous(), drafted[:, count:].contiguous()
         places = self._places(count, width)
         guesses = self.predictor.guesses(given[:, count:].flatten(1, 2), places)
         return self._predictions(given[:, :count], windows, host), guesses.view(windows.shape)

@@ -187,18 +187,24 @@ class WindowIteration:
     def _improve(self, window: torch.Tensor, end: int) -> None:
         """Better guesses for a window [B, n], in place: of text, pool and window from what has been
         right most often, or without odds from the first of them that says something."""
+        sources = self._sources(end)
+        if sources is not None:
+            cllm_kernels.guess_window(window, **sources)
+
+    def _sources(self, end: int) -> dict[str, Any] | None:
+        """What `cllm_kernels.guess_window` guesses from; None where there is nothing."""
         pool, lookup, odds, state = self.pool, self.lookup, self.odds, self.state
         if pool is None and lookup is None:
-            return
-        searched: dict[str, Any] = {}
+            return None
+        sources: dict[str, Any] = {"latest": None if pool is None else pool.latest}
         if lookup is not None:
-            searched = lookup.searched(state.sequences, state.generated, end)
+            sources |= lookup.searched(state.sequences, state.generated, end)
         if odds is not None:
-            searched |= odds.kept
+            sources |= odds.kept
             if lookup is None:  # what was right is in the text all the same
                 text = dict(sequences=state.sequences, generated=state.generated)
-                searched |= text | dict(starts=state.generated, longest=0, end=end)
-        cllm_kernels.guess_window(window, None if pool is None else pool.latest, **searched)
+                sources |= text | dict(starts=state.generated, longest=0, end=end)
+        return sources
 
     def _columns(self) -> torch.Tensor | None:
         """[B] column of the output that the token behind each window's first is for; None where

@@ -66,29 +66,6 @@ class GuessOdds:
         """What `cllm_kernels.guess_window` takes of it."""
         return dict(odds=self.odds, proposed=self.proposed, since=self.since)
 
-    def ranked(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guesses [B, 3, n - 1] of the window, the pool and the text, those of the source that has
-        been right most often first, and which of them there are [B, 3].
-
-        Args:
-            text: [B, n - 1] the text's; where it proposed none, those of a shorter end, which are
-                ranked last and said not to be there.
-        """
-        kinds = self.proposed[:, :, 0]
-        there = kinds >= 0
-        counts = self.odds.gather(1, kinds.clamp(min=0)[:, :, None].expand(-1, -1, 2))
-        ratio = (counts[:, :, 0] / counts[:, :, 1]).masked_fill(~there, -1)
-        mine, others = ratio[:, :, None], ratio[:, None, :]
-        place = torch.arange(kinds.shape[1], device=kinds.device)
-        # of equals the later source, as in `guess_window`
-        before = (others > mine) | ((others == mine) & (place[None, :] > place[:, None]))
-        order = before.sum(dim=2).argsort(dim=1)
-        guesses = torch.cat([self.proposed[:, :2, 1:], text[:, None]], dim=1)
-        return (
-            guesses.gather(1, order[:, :, None].expand(-1, -1, guesses.shape[2])),
-            there.gather(1, order),
-        )
-
     def learnt(self) -> torch.Tensor:
         """[2 + longest, 2] int64 on the host: the counts of a row, on average over all."""
         return self.odds.float().mean(dim=0).round().long().cpu()

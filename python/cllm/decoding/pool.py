@@ -60,10 +60,3 @@ class GuessPool:
     def nbytes(self) -> int:
         """Bytes of what is kept."""
         return self.latest.nbytes + self._stamps.nbytes
-
-    def improved(self, window: torch.Tensor) -> torch.Tensor:
-        """The window [B, n] with the latest token behind each token in the place after it, from the
-        first on; where there is none, its own."""
-        made = window.clone(memory_format=torch.contiguous_format)
-        cllm_kernels.guess_window(made, self.latest)
-        return made
