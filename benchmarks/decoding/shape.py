@@ -2,9 +2,9 @@
 
 A model of LLaMA-2-7B's shape with random weights (no download; what a forward costs does not depend
 on them), batch 1, CUDA graphs. At every n: the forward alone (replays of its graph, timed by
-events) and the whole iteration of `cllm.generate`, host and all; beside them the floor, the time
-in which this GPU reads the weights once. Then iterations with a gated adapter, whose windows stand
-twice, and over two candidates.
+events) and the whole iteration of `cllm.generate`, host and all, with what the host itself does in
+one; beside them the floor, the time in which this GPU reads the weights once. Then iterations with
+a gated adapter, whose windows stand twice, and over two candidates.
 
     python benchmarks/decoding/shape.py --record
 """
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,6 +27,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 import cllm
 from cllm.decoding import graphs
 from cllm.decoding.layouts import choose_layout
+from cllm.decoding.static_loop import Readback
 from cllm.decoding.support import check_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -98,9 +101,37 @@ def time_forward(model: Any, prompt: torch.Tensor, n: int, replays: int) -> list
     return seconds[3:]
 
 
-def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int, **changes: Any) -> float:
-    """Seconds of an iteration, of the quickest of three whole calls; random weights accept next to
-    nothing, and ``accept="one"`` makes it exactly one token.
+@contextmanager
+def waiting() -> Iterator[list[float]]:
+    """Inside, the seconds of every time that the host only waits for an iteration's report."""
+    found: list[float] = []
+    own = Readback.next
+
+    def timed(readback: Readback) -> list[list[int]]:
+        started = time.perf_counter()
+        readback.wait()
+        found.append(time.perf_counter() - started)
+        return own(readback)
+
+    Readback.next = timed  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Readback.next = own  # type: ignore[method-assign]
+
+
+class IterationTime(NamedTuple):
+    """Seconds of an iteration, and of what the host does in one beside waiting for the device."""
+
+    whole: float
+    host: float
+
+
+def time_iterations(
+    model: Any, prompt: torch.Tensor, n: int, tokens: int, **changes: Any
+) -> IterationTime:
+    """Of the quickest of three whole calls; random weights accept next to nothing, and
+    ``accept="one"`` makes it exactly one token.
 
     Args:
         changes: to the settings of the calls.
@@ -113,8 +144,10 @@ def time_iterations(model: Any, prompt: torch.Tensor, n: int, tokens: int, **cha
     found = []
     for _ in range(3):
         torch.cuda.synchronize()
-        out = cllm.generate(model, prompt, **settings)
-        found.append(out.decode_seconds / out.forwards)
+        with waiting() as waits:
+            out = cllm.generate(model, prompt, **settings)
+        host = out.decode_seconds - sum(waits)
+        found.append(IterationTime(out.decode_seconds / out.forwards, host / out.forwards))
     graphs.forget(model)
     return min(found)
 
@@ -136,11 +169,11 @@ def time_windows(
     found = []
     for n, candidates, gated in wanted:
         changes: dict[str, Any] = {"candidates": candidates, "adapter": adapter if gated else None}
-        seconds = time_iterations(model, prompt, n, options.tokens, **changes)
+        timed = time_iterations(model, prompt, n, options.tokens, **changes)
         rows = n * candidates * (2 if gated else 1)
         found.append(
             {"n": n, "candidates": candidates, "rank": options.rank if gated else None,
-             "rows": rows, "iteration_ms": 1e3 * seconds}
+             "rows": rows, "iteration_ms": 1e3 * timed.whole, "host_us": 1e6 * timed.host}
         )  # fmt: skip
         print(found[-1], flush=True)
     return found
@@ -163,7 +196,8 @@ def time_eager(model: Any, prompt: torch.Tensor, tokens: int) -> float:
 
 def show(record: dict[str, Any]) -> None:
     table = Table(title=f"{record['shape']}, {record['dtype']}, {record['device']}")
-    for column in ("n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"):
+    columns = ("n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1")
+    for column in (*columns, "host, us"):
         table.add_column(column, justify="right")
     base = record["sizes"]["1"]
     for n, row in record["sizes"].items():
@@ -175,6 +209,7 @@ def show(record: dict[str, Any]) -> None:
             f"{forward / record['floor_ms']:.2f} x",
             f"{row['iteration_ms']:.3f}",
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+            f"{row['host_us']:.0f}",
         )
     Console().print(table)
     for row in record["windows"]:
@@ -208,9 +243,11 @@ def main() -> None:
     sizes: dict[str, Any] = {}
     for n in map(int, options.sizes.split(",")):
         forward = time_forward(model, prompt, n, options.replays)
+        iteration = time_iterations(model, prompt, n, options.tokens)
         sizes[str(n)] = {
             "forward_ms": {k: 1e3 * v for k, v in spread(forward).items()},
-            "iteration_ms": 1e3 * time_iterations(model, prompt, n, options.tokens),
+            "iteration_ms": 1e3 * iteration.whole,
+            "host_us": 1e6 * iteration.host,
         }
         print(n, sizes[str(n)], flush=True)
     record = {

@@ -34,6 +34,7 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
     rows = []
     for n, row in found["sizes"].items():
         forward = row["forward_ms"]["median"]
+        host = row.get("host_us")  # older records have none
         rows.append([
             n,
             f"{forward:.2f}",
@@ -41,8 +42,10 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
             f"{forward / floor:.2f} x",
             f"{row['iteration_ms']:.2f}",
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+            *([] if host is None else [f"{host:.0f}"]),
         ])  # fmt: skip
     head = ["n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"]
+    head += ["host, us"] if "host_us" in base else []
     lines = [
         f"### The shape of {found['shape']}, {found['dtype']}, on {found['device']}",
         "",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections import deque
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import cllm
 from benchmarks.decoding import shape, shape_report
 from benchmarks.harness import RESULTS
+from cllm.decoding.static_loop import Readback
 from tests.decoding.tiny_models import tiny_model
 
 
@@ -51,7 +54,7 @@ def test_they_are_timed_with_an_adapter_and_without(monkeypatch):
             model, prompt, max_new_tokens=tokens, block_size=n, accept="one", **changes
         )
         assert out.shape[1] == prompt.shape[1] + tokens
-        return 0.5
+        return shape.IterationTime(0.5, 2e-5)
 
     monkeypatch.setattr(shape, "time_iterations", timed)
     model = tiny_model("llama")
@@ -59,7 +62,32 @@ def test_they_are_timed_with_an_adapter_and_without(monkeypatch):
     options = argparse.Namespace(rank=2, tokens=3)
     rows = shape.time_windows(model, torch.randint(5, 90, (1, 9)), wanted, options)
     assert seen == wanted and [row["rows"] for row in rows] == [4, 8, 8, 16]
-    assert {row["iteration_ms"] for row in rows} == {500.0}
+    assert {(row["iteration_ms"], row["host_us"]) for row in rows} == {(500.0, 20.0)}
+
+
+def test_what_the_host_does_has_a_column_where_it_was_measured():
+    path = next(RESULTS.glob("*/shape_*.json"))
+    found = json.loads(path.read_text())
+    sizes = {n: row | {"host_us": 12.4} for n, row in found["sizes"].items()}
+    lines = shape_report.shape_section(found | {"sizes": sizes}, path)
+    assert any(line.endswith("| 1.000 x | 12 |") for line in lines)
+    assert any(line.endswith("| host, us |") for line in lines)
+
+
+def test_waiting_for_the_device_is_told_from_what_the_host_does():
+    class Event:
+        def synchronize(self):
+            time.sleep(0.02)
+
+    readback = Readback(torch.Size((1, 2)), torch.device("cpu"))
+    with shape.waiting() as waits:
+        for number in range(2):
+            readback.start(torch.tensor([[number, 7]]))
+        readback._events = deque([Event(), None])  # only the first is still to come
+        assert [readback.next(), readback.next()] == [[[0, 7]], [[1, 7]]]
+    assert len(waits) == 2 and waits[0] >= 0.02 > waits[1]
+    readback.start(torch.tensor([[3, 7]]))
+    assert readback.next() == [[3, 7]] and len(waits) == 2
 
 
 @pytest.mark.parametrize("name", sorted(shape.SHAPES))

@@ -60,11 +60,15 @@ class Readback:
     def unread(self) -> int:
         return self._started - self._read
 
+    def wait(self) -> None:
+        """Until the oldest unread copy is there."""
+        if self._events[0] is not None:
+            self._events[0].synchronize()
+
     def next(self) -> list[list[int]]:
         """The oldest unread copy, once it is there."""
-        event = self._events.popleft()
-        if event is not None:
-            event.synchronize()
+        self.wait()
+        self._events.popleft()
         found: list[list[int]] = self._copies[self._read % 2].tolist()
         self._read += 1
         return found
