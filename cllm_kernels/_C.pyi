@@ -90,6 +90,19 @@ def best_candidate_cpu(
     count: int,
     n: int,
 ) -> None: ...
+def draft_window_cpu(
+    window: int,
+    checked: int,
+    guesses: int,
+    accepted: int,
+    generated: int,
+    progress: int,
+    fill: int,
+    rows: int,
+    n: int,
+    checked_width: int,
+    fill_width: int,
+) -> None: ...
 def guess_pool_add_cpu(
     latest: int,
     stamps: int,

@@ -1,6 +1,7 @@
 """Fused kernels for Jacobi decoding. Knows tensors; knows nothing of any model library.
 
     jacobi_step(...)      the fixed-point check: accept, commit, stop, shift the window: one launch
+    draft_window(...)     the window behind such a step, with an adapter's guesses in it
     guess_window(...)     better guesses, from the text and from a pool of predictions: one launch
     guess_candidates(...) several windows for the same places, likewise: one launch
     best_candidate(...)   the one of them with most right guesses, once a forward has checked them
@@ -41,6 +42,7 @@ from cllm_kernels.block_linear import block_linear
 from cllm_kernels.decoder_layer import decoder_layer
 from cllm_kernels.decoder_layer.stack import DecoderStack, decoder_layers
 from cllm_kernels.decoder_layer.weights import DecoderWeights
+from cllm_kernels.draft_window import draft_window
 from cllm_kernels.guess_candidates import guess_candidates
 from cllm_kernels.guess_pool_add import guess_pool_add
 from cllm_kernels.guess_window import guess_window
@@ -66,6 +68,7 @@ __all__ = [
     "current_backend",
     "decoder_layer",
     "decoder_layers",
+    "draft_window",
     "guess_candidates",
     "guess_pool_add",
     "guess_window",

@@ -67,6 +67,24 @@ inline void bind_guesses(pybind11::module_& module) {
                    pybind11::gil_scoped_release release;
                    best_candidate_cpu(of);
                });
+    module.def("draft_window_cpu",
+               [](uintptr_t window, uintptr_t checked, uintptr_t guesses, uintptr_t accepted,
+                  uintptr_t generated, uintptr_t progress, uintptr_t fill, int64_t rows, int64_t n,
+                  int64_t checked_width, int64_t fill_width) {
+                   const DraftWindow draft{reinterpret_cast<int64_t*>(window),
+                                           reinterpret_cast<const int64_t*>(checked),
+                                           reinterpret_cast<const int64_t*>(guesses),
+                                           reinterpret_cast<const int64_t*>(accepted),
+                                           reinterpret_cast<const int64_t*>(generated),
+                                           reinterpret_cast<const int64_t*>(progress),
+                                           reinterpret_cast<const int64_t*>(fill),
+                                           rows,
+                                           n,
+                                           checked_width,
+                                           fill_width};
+                   pybind11::gil_scoped_release release;
+                   draft_window_cpu(draft);
+               });
     module.def("guess_pool_add_cpu",
                [](uintptr_t latest, uintptr_t stamps, uintptr_t window, uintptr_t predictions,
                   int64_t rows, int64_t n, int64_t vocabulary) {

@@ -92,6 +92,22 @@ struct BestCandidate {
 
 void best_candidate_cpu(const BestCandidate& of);
 
+struct DraftWindow {
+    int64_t* window;           // [rows, n], written
+    const int64_t* checked;    // [rows, checked_width]
+    const int64_t* guesses;    // [rows, n]
+    const int64_t* accepted;   // [rows]
+    const int64_t* generated;  // [rows]
+    const int64_t* progress;   // [rows] in block mode, or null
+    const int64_t* fill;       // [rows, fill_width], or null
+    int64_t rows;
+    int64_t n;
+    int64_t checked_width;
+    int64_t fill_width;
+};
+
+void draft_window_cpu(const DraftWindow& draft);
+
 struct GuessPoolAdd {
     int64_t* latest;             // [rows, vocabulary], mutated
     int64_t* stamps;             // [rows], mutated

@@ -2,7 +2,7 @@
 
 A model of LLaMA-2-7B's shape with random weights (no download; what a forward costs does not depend
 on them), batch 1, CUDA graphs. At every n: the forward alone (replays of its graph, timed by
-events) and the whole iteration of `cllm.generate`, host and all, with what the host itself does in
+events) and the whole iteration of `cllm.generate`, host and all, and how long the host works in
 one; beside them the floor, the time in which this GPU reads the weights once. Then iterations with
 a gated adapter, whose windows stand twice, and over two candidates.
 
@@ -12,12 +12,14 @@ a gated adapter, whose windows stand twice, and over two candidates.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -27,7 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 import cllm
 from cllm.decoding import graphs
 from cllm.decoding.layouts import choose_layout
-from cllm.decoding.static_loop import Readback
+from cllm.decoding.static_loop import Readback, StaticLoop
 from cllm.decoding.support import check_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -102,26 +104,33 @@ def time_forward(model: Any, prompt: torch.Tensor, n: int, replays: int) -> list
 
 
 @contextmanager
-def waiting() -> Iterator[list[float]]:
-    """Inside, the seconds of every time that the host only waits for an iteration's report."""
+def host_times() -> Iterator[list[float]]:
+    """Inside, the seconds that the host works in every iteration: to launch it, to read the report
+    of the one before and to act on it, without the wait for that report."""
     found: list[float] = []
-    own = Readback.next
+    waited = [0.0]
+    own_iterate, own_wait = StaticLoop._iterate, Readback.wait
 
-    def timed(readback: Readback) -> list[list[int]]:
+    def iterate(loop: StaticLoop) -> None:
+        waited[0] = 0.0
         started = time.perf_counter()
-        readback.wait()
-        found.append(time.perf_counter() - started)
-        return own(readback)
+        own_iterate(loop)
+        found.append(time.perf_counter() - started - waited[0])
 
-    Readback.next = timed  # type: ignore[method-assign]
-    try:
+    def wait(readback: Readback) -> None:
+        started = time.perf_counter()
+        own_wait(readback)
+        waited[0] += time.perf_counter() - started
+
+    with (
+        mock.patch.multiple(StaticLoop, _iterate=iterate),
+        mock.patch.multiple(Readback, wait=wait),
+    ):
         yield found
-    finally:
-        Readback.next = own  # type: ignore[method-assign]
 
 
 class IterationTime(NamedTuple):
-    """Seconds of an iteration, and of what the host does in one beside waiting for the device."""
+    """Seconds of an iteration, and those that the host works in one, the median of a call's."""
 
     whole: float
     host: float
@@ -144,10 +153,11 @@ def time_iterations(
     found = []
     for _ in range(3):
         torch.cuda.synchronize()
-        with waiting() as waits:
+        with host_times() as host:
             out = cllm.generate(model, prompt, **settings)
-        host = out.decode_seconds - sum(waits)
-        found.append(IterationTime(out.decode_seconds / out.forwards, host / out.forwards))
+        if len(host) != out.forwards:
+            raise SystemExit("shape: iterations were not replays of a graph, whose time is wanted")
+        found.append(IterationTime(out.decode_seconds / out.forwards, statistics.median(host)))
     graphs.forget(model)
     return min(found)
 

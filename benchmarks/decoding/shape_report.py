@@ -34,7 +34,6 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
     rows = []
     for n, row in found["sizes"].items():
         forward = row["forward_ms"]["median"]
-        host = row.get("host_us")  # older records have none
         rows.append([
             n,
             f"{forward:.2f}",
@@ -42,7 +41,7 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
             f"{forward / floor:.2f} x",
             f"{row['iteration_ms']:.2f}",
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
-            *([] if host is None else [f"{host:.0f}"]),
+            *host_time(row),
         ])  # fmt: skip
     head = ["n", "forward, ms", "of n = 1", "of the floor", "iteration, ms", "of n = 1"]
     head += ["host, us"] if "host_us" in base else []
@@ -65,14 +64,21 @@ def shape_section(found: dict[str, Any], path: Path) -> list[str]:
             str(row["rows"]),
             f"{row['iteration_ms']:.2f}",
             f"{row['iteration_ms'] / base['iteration_ms']:.3f} x",
+            *host_time(row),
         ]
         for row in found.get("windows", [])  # older records have none
     ]
     if others:
         head = ["n", "candidates", "rank", "rows", "iteration, ms", "of n = 1"]
+        head += ["host, us"] if "host_us" in found["windows"][0] else []
         lines += ["With a gated adapter of a rank, and over several candidates:", ""]
         lines += table(head, others)
     return lines
+
+
+def host_time(row: dict[str, Any]) -> list[str]:
+    """What the host does in an iteration, where that was measured."""
+    return [f"{row['host_us']:.0f}"] if "host_us" in row else []
 
 
 def main(results: Path = RESULTS, docs: Path = DOCS) -> None:

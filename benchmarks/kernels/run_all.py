@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 OPS = (
     *("row_argmax", "jacobi_step", "gumbel_noise"),
     *("guess_window", "guess_candidates", "best_candidate", "guess_pool_add"),
+    "draft_window",
     *("linear_argmax", "block_attention", "block_linear", "decoder_layer"),
     *("rms_norm", "linear_consistency_loss"),
 )

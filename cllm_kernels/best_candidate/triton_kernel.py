@@ -18,7 +18,6 @@ def best_candidate_kernel(
     guesses_ptr,  # [B, count, n] int64, unread unless HAS_GUESSES
     candidate_ptr,  # [B] int64, written
     kept_ptr,  # [2, B, n] int64, or [3, B, n] where HAS_GUESSES, written
-    rows,
     count,
     n,
     HAS_GUESSES: tl.constexpr,
@@ -44,7 +43,7 @@ def best_candidate_kernel(
     place = begin + best * n + i
     kept = kept_ptr + row * n + i
     inside = i < n
-    part = rows.to(tl.int64) * n
+    part = tl.num_programs(0).to(tl.int64) * n
     tl.store(kept, tl.load(windows_ptr + place, mask=inside), mask=inside)
     tl.store(kept + part, tl.load(predictions_ptr + place, mask=inside), mask=inside)
     if HAS_GUESSES:
@@ -69,7 +68,6 @@ def best_candidate(
             windows if guesses is None else guesses,
             candidate,
             kept,
-            rows,
             count,
             n,
             HAS_GUESSES=guesses is not None,

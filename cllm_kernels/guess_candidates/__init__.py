@@ -11,6 +11,9 @@ from cllm_kernels._backend import Op, register
 from cllm_kernels._common import LIBRARY, eager
 from cllm_kernels.guess_window.arguments import check_sources, kept_together
 
+# A GPU's program compares all sources with each other, which registers bound.
+MOST = 32
+
 
 def _reference() -> Any:
     from cllm_kernels.guess_candidates import reference
@@ -67,11 +70,12 @@ def guess_candidates(
     counts and keeps is kept likewise.
 
     The candidates are the first sources whose first guesses differ, in this order. Where they are
-    too few, the sources left over follow, and then copies of the window.
+    too few, the sources left over follow, then ways of which fewer tokens than `least` stood
+    before, and in the end copies of the window.
 
     Args (int64, contiguous, on one device; B rows):
         window: [B, n]; it is not changed.
-        count: C, at least 1.
+        count: C, from 1 to `MOST`.
         own_second: the window's own guesses, if they are not the first candidate, are the second,
             whatever they begin with.
         others: as `guess_window` has them.
@@ -87,8 +91,8 @@ def guess_candidates(
     tensors, end = check_sources(
         "guess_candidates", window, *sources, longest, least, end, odds, proposed, since
     )
-    if count < 1:
-        raise ValueError(f"guess_candidates: count must be at least 1, not {count}")
+    if not 1 <= count <= MOST:
+        raise ValueError(f"guess_candidates: count must be from 1 to {MOST}, not {count}")
     guess = (
         OP.resolve(window.device)
         if eager(*tensors)

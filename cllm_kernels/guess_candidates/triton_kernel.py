@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cllm_kernels._triton import FUSION, await_inputs, chained, device_of
+from cllm_kernels.guess_candidates import reference
 from cllm_kernels.guess_window.triton_kernel import (
-    WARPS,
     best_source,
     chain,
     entry,
@@ -16,7 +16,10 @@ from cllm_kernels.guess_window.triton_kernel import (
     search,
 )
 
-COLUMNS = 512  # of the text at a time: with more, registers do not suffice
+SHORT = tl.constexpr(reference.SHORT)
+NONE = tl.constexpr(reference.NONE)
+COLUMNS = 512  # of the text at a time: with more a thread, registers do not suffice
+WARPS = 8
 
 
 # A text grows from call to call: its width must not decide what is compiled.
@@ -64,7 +67,7 @@ def guess_candidates_kernel(
     OWN: tl.constexpr = COUNT + 1
     begun = tl.zeros((SOURCES,), tl.int64)  # first guesses
     column = tl.zeros((SOURCES,), tl.int64)  # of the text that a way is behind
-    usable = (source == OWN).to(tl.int64)
+    rank = tl.where(source == OWN, 0, NONE)
     last = row - row
     kind = last - 1
     if LONGEST > 0:
@@ -73,15 +76,16 @@ def guess_candidates_kernel(
         until = last
         for way in range(0, COUNT):
             score = search(text, first, until, columns, begun, way, LONGEST, BLOCK, SOURCES)
-            found = score >= LEAST * columns
+            found = score >= 0
+            enough = score >= LEAST * columns
             until = tl.where(found, last, first)  # behind a way that is none there are no others
             its = tl.maximum(score, 0) % columns
             token = tl.load(text + its + 1, mask=found, other=0)
             here = (source == way) & found
             column = tl.where(here, its, column)
             begun = tl.where(here, token, begun)
-            usable = tl.where(here, 1, usable)
-            kind = tl.where((way == 0) & found, 1 + score // columns, kind)
+            rank = tl.where(here, tl.where(enough, 0, SHORT), rank)
+            kind = tl.where((way == 0) & enough, 1 + score // columns, kind)
 
     place = source  # in the order of taking
     if WEIGHED:
@@ -117,22 +121,22 @@ def guess_candidates_kernel(
         pair = tl.load(pairs + token, mask=known, other=-1)
         token = tl.where(pair >= 0, pair % vocabulary, tl.load(w_row + 1))
         begun = tl.where(source == POOL, token, begun)
-        usable = tl.where(source == POOL, 1, usable)
+        rank = tl.where(source == POOL, 0, rank)
     begun = tl.where(source == OWN, tl.load(w_row + 1), begun)
 
     key = 2 * place
     if OWN_SECOND:
-        ahead = tl.min(tl.where(usable > 0, key, 2 * SOURCES + 8), axis=0)
+        ahead = tl.min(tl.where(rank == 0, key, 2 * SOURCES + 8), axis=0)
         key = tl.where(source == OWN, tl.minimum(key, ahead + 1), key)
-    earlier = (usable[None, :] > 0) & (key[None, :] < key[:, None])
+    earlier = (rank[None, :] == 0) & (rank[:, None] == 0) & (key[None, :] < key[:, None])
     same = tl.max(((begun[:, None] == begun[None, :]) & earlier).to(tl.int64), axis=1)
     if OWN_SECOND:
         same = tl.where(source == OWN, 0, same)
-    # those that begin as none before first
-    order = same * (2 * SOURCES + 8) + key
-    before = (usable[None, :] > 0) & (order[None, :] < order[:, None])
-    number = tl.sum(before.to(tl.int64), axis=1)
-    number = tl.where(usable > 0, number, COUNT)  # of the candidate; none from COUNT on
+    # usable ones that begin as none before, then those that do, then those of a lesser rank
+    order = (rank + same) * (2 * SOURCES + 8) + key
+    number = tl.sum((order[None, :] < order[:, None]).to(tl.int64), axis=1)
+    number = tl.where(rank == NONE, COUNT, number)  # of the candidate; none from COUNT on
+    there = tl.sum((rank != NONE).to(tl.int32), axis=0)
 
     begins = i == 0
     for way in range(0, COUNT):
@@ -155,7 +159,7 @@ def guess_candidates_kernel(
     to = entry(number, OWN, SOURCES)
     tl.store(out + to * n + i, mine, mask=i < tl.where(to < COUNT, n, 0))
     for more in range(0, COUNT):  # copies where they are too few
-        short = i < tl.where(more >= tl.sum(usable, axis=0), n, 0)
+        short = i < tl.where(more >= there, n, 0)
         tl.store(out + more * n + i, mine, mask=short)
 
 

@@ -93,7 +93,7 @@ def _check_odds(
 def _check(op: str, name: str, tensor: Tensor, window: Tensor, dims: int) -> None:
     shape = tensor.shape
     rows = window.shape[0]
-    if len(shape) != dims or shape[0] != rows or shape[-1] < (dims == 2):
+    if len(shape) != dims or shape[0] != rows or (dims == 2 and shape[1] < 1):
         of_rows = f"[{rows}], one entry per row of window"
         wanted = {"latest": f"[{rows}, V], V >= 1", "sequences": f"[{rows}, L], L >= 1"}
         raise ValueError(

@@ -43,6 +43,10 @@ class Candidates {
         }
         for (Guesses& one : sources_)
             if (!one.taken) take(one);
+        for (; enough_ < ways_.size(); ++enough_) {
+            Guesses short_end = behind(ways_[enough_]);
+            take(short_end);
+        }
         while (used_ < all_.count) take(own_);
     }
 
@@ -56,17 +60,17 @@ class Candidates {
         find_ways(searched ? all_.count : 0);
         sources_.clear();
         if (guess.odds != nullptr) {
-            propose(guess, row_, ways_.empty() ? Occurrence{} : ways_.front());
+            propose(guess, row_, enough_ > 0 ? ways_.front() : Occurrence{});
             Source second = kNone;
             const Source first = best_source(guess, row_, kNone);
             if (first != kNone) second = best_source(guess, row_, first);
             for (const Source source : {first, second}) add(source);
             for (const Source source : {kOwn, kPool, kText})
                 if (source != first && source != second) add(source);
-            for (size_t way = 1; way < ways_.size(); ++way) add(ways_[way]);
+            for (size_t way = 1; way < enough_; ++way) sources_.push_back(behind(ways_[way]));
             return;
         }
-        for (const Occurrence& way : ways_) add(way);
+        for (size_t way = 0; way < enough_; ++way) sources_.push_back(behind(ways_[way]));
         if (guess.latest != nullptr) {
             std::copy(w, w + guess.n, chain_.begin());
             from_pool(guess, row_, chain_.data());
@@ -75,16 +79,19 @@ class Candidates {
         sources_.push_back(own_);
     }
 
-    // Up to `most` places to go on from, behind each of which another token stands.
+    // Up to `most` places to go on from, behind each of which another token stands; those with
+    // enough of the end before them are the first.
     void find_ways(int64_t most) {
         ways_.clear();
         begun_.clear();
+        enough_ = 0;
         const int64_t* text = all_.guess.sequences + row_ * all_.guess.width;  // [width]
         while (static_cast<int64_t>(ways_.size()) < most) {
             const auto count = static_cast<int64_t>(begun_.size());
             const Occurrence way = find_end(all_.guess, row_, begun_.data(), count);
             if (way.run == 0) return;
             ways_.push_back(way);
+            if (way.run >= all_.guess.least) enough_ = ways_.size();
             begun_.push_back(text[way.column + 1]);
         }
     }
@@ -97,9 +104,9 @@ class Candidates {
         if (made[0] >= 0) sources_.push_back({made, 0, made[1], source == kOwn, false});
     }
 
-    void add(const Occurrence& way) {
+    Guesses behind(const Occurrence& way) const {
         const int64_t* text = all_.guess.sequences + row_ * all_.guess.width;  // [width]
-        sources_.push_back({nullptr, way.column, text[way.column + 1], false, false});
+        return {nullptr, way.column, text[way.column + 1], false, false};
     }
 
     // The next candidate, unless there are enough.
@@ -124,6 +131,7 @@ class Candidates {
     Guesses own_{};
     std::vector<Guesses> sources_;
     std::vector<Occurrence> ways_;
+    size_t enough_ = 0;           // of them, with as much of the end before them as it takes
     std::vector<int64_t> begun_;  // tokens that a guess begins with
     std::vector<int64_t> chain_;  // [n]
 };

@@ -13,7 +13,7 @@ enum Source { kOwn = 0, kPool = 1, kText = 2, kNone = 3 };
 
 // Where the end of a text stands earlier in it.
 struct Occurrence {
-    int64_t run = 0;  // tokens of the end that do; 0: none, or fewer than the least
+    int64_t run = 0;  // tokens of the end that do; 0: none
     int64_t column = -1;
 };
 
@@ -40,7 +40,7 @@ inline Occurrence find_end(const GuessWindow& guess, int64_t row, const int64_t*
         const int64_t run = common_end(text + column, text + last, most);
         if (run > found.run) found = {run, column};
     }
-    return found.run < guess.least ? Occurrence{} : found;
+    return found;
 }
 
 // What followed the text's end at `column` goes to w[1 .. n - 1]; from the end on again and again.

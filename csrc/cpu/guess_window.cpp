@@ -11,7 +11,8 @@ void guess_window_cpu(const GuessWindow& guess, int threads) {
     for (int64_t row = 0; row < guess.rows; ++row) {
         int64_t* w = guess.window + row * guess.n;  // [n]
         const bool searched = guess.sequences != nullptr && guess.longest > 0;
-        const Occurrence text = searched ? find_end(guess, row, nullptr, 0) : Occurrence{};
+        Occurrence text = searched ? find_end(guess, row, nullptr, 0) : Occurrence{};
+        if (text.run < guess.least) text = {};
         if (guess.odds != nullptr) {
             propose(guess, row, text);
             const Source best = best_source(guess, row, kNone);

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import cllm
 from benchmarks.decoding import shape, shape_report
 from benchmarks.harness import RESULTS
 from cllm.decoding.static_loop import Readback
+from tests.decoding.test_graphs import recorder  # noqa: F401  a fixture
 from tests.decoding.tiny_models import tiny_model
 
 
@@ -39,9 +39,12 @@ def test_other_windows(tmp_path):
     path = next(RESULTS.glob("*/shape_*.json"))
     found = json.loads(path.read_text())
     row = {"n": 8, "candidates": 3, "rank": 24, "rows": 48, "iteration_ms": 9.0}
+    timed = row | {"host_us": 21.6}
     lines = shape_report.shape_section(found | {"windows": [row]}, path)
     ratio = 9.0 / found["sizes"]["1"]["iteration_ms"]
     assert f"| 8 | 3 | 24 | 48 | 9.00 | {ratio:.3f} x |" in lines
+    lines = shape_report.shape_section(found | {"windows": [timed]}, path)
+    assert f"| 8 | 3 | 24 | 48 | 9.00 | {ratio:.3f} x | 22 |" in lines
 
 
 def test_they_are_timed_with_an_adapter_and_without(monkeypatch):
@@ -74,20 +77,22 @@ def test_what_the_host_does_has_a_column_where_it_was_measured():
     assert any(line.endswith("| host, us |") for line in lines)
 
 
-def test_waiting_for_the_device_is_told_from_what_the_host_does():
-    class Event:
-        def synchronize(self):
-            time.sleep(0.02)
+@pytest.mark.usefixtures("recorder")
+def test_waiting_for_the_device_is_not_the_hosts_work(monkeypatch):
+    def wait(readback):
+        time.sleep(0.03)
 
-    readback = Readback(torch.Size((1, 2)), torch.device("cpu"))
-    with shape.waiting() as waits:
-        for number in range(2):
-            readback.start(torch.tensor([[number, 7]]))
-        readback._events = deque([Event(), None])  # only the first is still to come
-        assert [readback.next(), readback.next()] == [[[0, 7]], [[1, 7]]]
-    assert len(waits) == 2 and waits[0] >= 0.02 > waits[1]
-    readback.start(torch.tensor([[3, 7]]))
-    assert readback.next() == [[3, 7]] and len(waits) == 2
+    monkeypatch.setattr(Readback, "wait", wait)
+    model, prompt = tiny_model("llama"), torch.randint(5, 90, (1, 9))
+    settings = dict(max_new_tokens=5, block_size=3, accept="one", compile="graph")
+    cllm.generate(model, prompt, **settings)
+    with shape.host_times() as host:
+        started = time.perf_counter()
+        cllm.generate(model, prompt, **settings)
+        whole = time.perf_counter() - started
+    assert len(host) >= 5  # replays, of which one more may have been launched
+    assert whole > 0.03 * (len(host) - 1) > 0 and sum(host) < whole - 0.03 * (len(host) - 1)
+    assert Readback.wait is wait
 
 
 @pytest.mark.parametrize("name", sorted(shape.SHAPES))

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cllm
+from cllm.decoding.candidates import CandidateIteration
 from cllm.decoding.forward import BlockForward
 
-from .test_gated import greedy
+from .test_gated import greedy, random_adapter
 from .tiny_models import prompts, tiny_model
 
 # native layers; sliding windows; masks added to the scores; latent attention; names its attention
@@ -103,6 +104,37 @@ def test_they_take_fewer_forwards():
     assert forwards[0] > forwards[1] > forwards[2]
 
 
+@pytest.mark.parametrize("adapter", [None, 0.05])
+@pytest.mark.parametrize("count", [2, 4])
+def test_which_they_are(adapter, count, monkeypatch):
+    """An adapter's guesses are one of the first two; alone, none begins as an earlier one does
+    while there is another source."""
+    seen = []
+    own = CandidateIteration._candidates
+
+    def candidates(iteration, end):
+        window = iteration.state.window.clone()
+        seen.append((window, own(iteration, end)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(CandidateIteration, "_candidates", candidates)
+    given = None if adapter is None else random_adapter("llama", adapter)
+    cllm.generate(
+        tiny_model("llama"), **prompts([21, 6]), max_new_tokens=40, block_size=5, candidates=count,
+        adapter=given,
+    )  # fmt: skip
+    differ = 0
+    for window, windows in seen:
+        assert windows.shape == (2, count, 5)
+        assert (windows[:, :, :1] == window[:, None, :1]).all()
+        same = (windows == window[:, None]).all(dim=2)
+        if adapter is not None:
+            assert same[:, :2].any(dim=1).all()
+        begun = windows[:, :, 1].tolist()
+        differ += sum(len(set(row)) > 1 for row in begun)
+    assert differ > len(seen)
+
+
 def check_recorded(out, width):
     """The one trajectory of a call is that of its text, in windows of this width."""
     (trajectory,) = out.trajectories
@@ -127,7 +159,8 @@ def test_what_is_recorded_is_the_window_that_was_kept():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"candidates": 0}, "candidates must be an integer >= 1, not 0"),
+        ({"candidates": 0}, "candidates must be an integer from 1 to 32, not 0"),
+        ({"candidates": 33}, "candidates must be an integer from 1 to 32, not 33"),
         ({"candidates": 2, "mode": "block"}, "candidates=2 needs mode='sliding'"),
         ({"candidates": 2, "verify_size": 3, "block_size": 4}, "leave verify_size None"),
         ({"candidates": 2, "block_size": "auto"}, "leave candidates 1"),

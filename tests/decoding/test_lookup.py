@@ -109,7 +109,7 @@ def test_bad_settings(settings, message):
 
 def test_what_none_stands_for():
     assert cllm.JacobiConfig().longest_lookup == 8
-    assert cllm.JacobiConfig(candidates=2).longest_lookup == 3
+    assert cllm.JacobiConfig(candidates=2).longest_lookup == 8
     assert cllm.JacobiConfig(mode="block").longest_lookup == 0
     assert cllm.JacobiConfig(lookup_least=9).longest_lookup == 9
     assert cllm.JacobiConfig(lookup=0).longest_lookup == 0

@@ -213,14 +213,32 @@ def candidates(n: int, count: int) -> None:
 
 
 def best_candidate() -> Iterator[Launch]:
-    for n in (1, 5, 130):
-        yield f"n={n}", lambda n=n: best_of(n)
+    for rows, n in ((1, 5), (3, 1), (3, 130)):
+        yield f"B={rows} n={n}", lambda rows=rows, n=n: best_of(rows, n)
 
 
-def best_of(n: int) -> None:
-    tokens = [torch.randint(0, 2, (3, 4, n), device=DEVICE) for _ in range(3)]
+def best_of(rows: int, n: int) -> None:
+    tokens = [torch.randint(0, 2, (rows, 4, n), device=DEVICE) for _ in range(3)]
     cllm_kernels.best_candidate(*tokens[:2])
     cllm_kernels.best_candidate(*tokens)
+
+
+def draft_window() -> Iterator[Launch]:
+    for n in (1, 5, 130):
+        yield f"n={n}", lambda n=n: drafted(n)
+
+
+def drafted(n: int) -> None:
+    rows, columns = 3, 40
+    window, checked, guesses, fill = (
+        torch.randint(0, 9, (rows, width), device=DEVICE) for width in (n, n, n, columns)
+    )
+    accepted = torch.tensor([0, 1, n], device=DEVICE)
+    generated = torch.tensor([3, 0, columns], device=DEVICE)
+    cllm_kernels.draft_window(window, checked, guesses, accepted, generated)
+    cllm_kernels.draft_window(window, checked[:, :1].contiguous(), guesses, accepted, generated)
+    cllm_kernels.draft_window(window, checked, guesses, accepted, generated, fill=fill)
+    cllm_kernels.draft_window(window, checked, guesses, accepted, generated, progress=accepted)
 
 
 def guess_pool_add() -> Iterator[Launch]:
@@ -300,6 +318,7 @@ LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {
     "guess_window": guess_window,
     "guess_candidates": guess_candidates,
     "best_candidate": best_candidate,
+    "draft_window": draft_window,
     "guess_pool_add": guess_pool_add,
     "block_attention": block_attention,
     "linear_consistency_loss": linear_consistency_loss,

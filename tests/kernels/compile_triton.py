@@ -14,6 +14,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -45,39 +46,57 @@ def spilled_bytes(ptx: str, capability: int) -> int:
     return sum(map(int, counts))
 
 
+def compiled(
+    label: str, kernel: Any, types: dict, constants: dict, launch: dict, capability: int, kind: str
+) -> dict:
+    """What one variant became.
+
+    Args:
+        kind: "aligned": pointers, sizes and strides are multiples of 16; "unaligned": none is;
+            "ones": every integer that may be is 1, which the launcher makes a constant.
+    """
+    if "PDL" in constants:  # as `_triton.chained` launches it there
+        constants = {**constants, "PDL": capability >= 90}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: types.get(name, "i32") for name in names}
+    if kind == "ones":
+        open_ = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        ones = [name for name in names if signature[name] == "i32" and name not in open_]
+        constants = {**constants, **dict.fromkeys(ones, 1)}
+        signature = {name: of for name, of in signature.items() if name not in ones}
+    # What the launcher tells the compiler of 16-byte aligned pointers and of sizes and strides that
+    # 16 divides; a hidden size of 100, say, takes the other variant.
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, of in signature.items()
+        if kind == "aligned" and of != "fp32"
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    return {
+        "kernel": f"{label} {kind}",
+        "capability": capability,
+        "shared": made.metadata.shared,
+        "spilled": spilled_bytes(made.asm["ptx"], capability),
+    }
+
+
 def main(capabilities: list[int]) -> None:
-    report = []
     # Without alignment loads differ, but hardly from one GPU to the next, and only kernels that
     # hold tiles have registers to lose by it.
-    targets = [(capability, True) for capability in capabilities]
-    targets += [(80, False)] if 80 in capabilities else []
-    for capability, aligned in targets:
-        for label, kernel, types, constants, launch in variants():
-            if not aligned and "tiles" not in label:
+    targets = [(capability, "aligned") for capability in capabilities]
+    targets += [(80, "unaligned"), (80, "ones")] if 80 in capabilities else []
+    report = []
+    for capability, kind in targets:
+        seen: set[str] = set()
+        for label, kernel, *rest in variants():
+            if kind == "unaligned" and "tiles" not in label:
                 continue
-            if "PDL" in constants:  # as `_triton.chained` launches it there
-                constants = {**constants, "PDL": capability >= 90}
-            names = [name for name in kernel.arg_names if name not in constants]
-            signature = {name: types.get(name, "i32") for name in names}
-            # What the launcher tells the compiler of 16-byte aligned pointers and of sizes and
-            # strides that 16 divides; a hidden size of 100, say, takes the other variant.
-            attributes = {
-                (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-                for name, kind in signature.items()
-                if aligned and kind != "fp32"
-            }
-            signature |= dict.fromkeys(constants, "constexpr")
-            source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options=launch)
-            report.append(
-                {
-                    "kernel": f"{label} aligned={aligned}",
-                    "capability": capability,
-                    "shared": compiled.metadata.shared,
-                    "spilled": spilled_bytes(compiled.asm["ptx"], capability),
-                }
-            )
+            if kind == "ones" and kernel.__name__ in seen:  # one of each will do
+                continue
+            seen.add(kernel.__name__)
+            report.append(compiled(label, kernel, *rest, capability, kind))
     print(json.dumps(report))
 
 

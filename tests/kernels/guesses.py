@@ -85,15 +85,16 @@ def definition(window, known, text, longest, least):
     return made
 
 
-def ways_on(text, longest, least, count):
-    """Guesses of all ways that a text goes on in, the best first."""
+def ways_on(text, longest, count):
+    """[(guesses, tokens of the end before them)] of all ways that a text goes on in, the best
+    first."""
     ways, begun = [], set()
-    for length in range(min(longest, len(text) - 1), least - 1, -1):
+    for length in range(min(longest, len(text) - 1), 0, -1):
         for place in range(len(text) - length - 1, -1, -1):
             if text[place : place + length] == text[-length:]:
                 since = text[place + length :]
                 if since[0] not in begun:
-                    ways.append([since[i % len(since)] for i in range(count)])
+                    ways.append(([since[i % len(since)] for i in range(count)], length))
                 begun.add(since[0])
     return ways
 
@@ -101,9 +102,11 @@ def ways_on(text, longest, least, count):
 def several(window, known, text, longest, least, count, own_second, weighed=None):
     """[count] windows of a row; `known` is None without a pool, `weighed` counts if given."""
     own, length = window[1:], len(window) - 1
-    ways = ways_on(text, longest, least, length) if text else []
+    found = ways_on(text, longest, length)[:count] if text else []
+    ways = [guesses for guesses, run in found if run >= least]
+    short = [guesses for guesses, run in found if run < least]
     if weighed is None:
-        sources = [(3, way) for way in ways[:count]]
+        sources = [(3, way) for way in ways]
         if known is not None:
             sources.append((1, definition(window, known, [], 0, 1)[1:]))
         sources.append((0, own))
@@ -113,7 +116,7 @@ def several(window, known, text, longest, least, count, own_second, weighed=None
         while left:
             sources.append(weighed.best(left))
             left.remove(sources[-1])
-        sources += [(3, way) for way in ways[1:count]]
+        sources += [(3, way) for way in ways[1:]]
     picked = []
     if own_second:
         picked = [sources.pop(0)]
@@ -124,5 +127,5 @@ def several(window, known, text, longest, least, count, own_second, weighed=None
     for one in sources:
         begun = {guesses[0] for _, guesses in picked}
         (same if one[1][0] in begun else picked).append(one)
-    made = [guesses for _, guesses in picked + same]
+    made = [guesses for _, guesses in picked + same] + short
     return [[window[0], *guesses] for guesses in (made + [own] * count)[:count]]

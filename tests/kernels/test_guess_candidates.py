@@ -219,7 +219,7 @@ def weighed():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"count": 0}, ValueError, "guess_candidates: count must be at least 1, not 0"),
+        ({"count": 0}, ValueError, "guess_candidates: count must be from 1 to 32, not 0"),
         ({"window": torch.zeros(3).long()}, ValueError, "guess_candidates: window must be"),
         ({"latest": None, "sequences": None}, ValueError, "guess_candidates: nothing to guess"),
         ({"least": 0}, ValueError, "guess_candidates: least must be at least 1, not 0"),
@@ -256,6 +256,18 @@ def test_as_torch_sees_it(left_out, kept):
     assert torch.equal(whole(*compiled), wanted)
     for one, other in zip(eager, compiled, strict=True):
         assert not isinstance(one, torch.Tensor) or torch.equal(one, other)
+
+
+def test_compiled_for_windows_of_any_width():
+    rest = [arguments()[name] for name in ("latest", "sequences", "generated", "starts")]
+
+    def call(window):
+        return cllm_kernels.guess_candidates(window, 3, *rest)
+
+    whole = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 4, 7):
+        window = torch.full((2, n), 2)
+        assert torch.equal(whole(window), call(window))
 
 
 @pytest.mark.gpu

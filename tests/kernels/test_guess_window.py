@@ -329,6 +329,20 @@ def test_as_torch_sees_it(left_out, kept):
     assert not kept or not torch.equal(eager[5], rest[0])
 
 
+def test_compiled_for_windows_of_any_width():
+    rest = [arguments()[name] for name in ("latest", "sequences", "generated", "starts")]
+
+    def call(window):
+        made = window.clone()
+        cllm_kernels.guess_window(made, *rest)
+        return made
+
+    whole = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 4, 7):
+        window = torch.full((2, n), 2)
+        assert torch.equal(whole(window), call(window))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("backend", ["triton"])

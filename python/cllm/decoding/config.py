@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from cllm_kernels.guess_candidates import MOST as MOST_CANDIDATES
+
 from ..fill import Fill
 
 Mode = Literal["sliding", "block"]
@@ -40,8 +42,7 @@ class JacobiConfig:
             the last prediction, ``"random"`` draws from the vocabulary, ``"pad"`` is the pad token.
         lookup: most tokens of the text's end that are looked up in the text before them; what
             followed there is a guess for the window (prompt lookup decoding). 0: nothing is
-            looked up. In sliding mode only. ``None``: 8 in sliding mode (3 for several candidates),
-            0 in block mode.
+            looked up. In sliding mode only. ``None``: 8 in sliding mode, 0 in block mode.
         lookup_least: an end that is found again must have so many tokens, from 1 to `lookup`.
             ``None``: 2 where the pool or an adapter would guess otherwise, else 1.
         pool: another guess behind each token is what the model predicted behind it last, in wrong
@@ -53,12 +54,12 @@ class JacobiConfig:
             often in the text so far, taken or not (with ``block_size="auto"`` in the calls before,
             too). ``"ordered"``: the text where it says something, else the pool, else the window's
             own, as in the candidate beside an adapter's. In sliding mode only.
-        candidates: ``C``, windows for the same places that one forward of C * n rows checks, each
-            by itself; the one with the most right guesses counts. They begin with different
-            guesses: other continuations of the text's end, the pool's, the predictions that were
-            left over. With an adapter one begins with its guesses, and every candidate is followed
-            by guess rows: a forward has 2 * C * n. For devices on which rows cost little; in
-            sliding mode only.
+        candidates: ``C``, up to 32, windows for the same places that one forward of C * n rows
+            checks, each by itself; the one with the most right guesses counts. Where there are
+            enough, they begin with different guesses: other continuations of the text's end, the
+            pool's, the predictions that were left over. With an adapter its guesses are one of the
+            first two, and every candidate is followed by guess rows: a forward has 2 * C * n. For
+            devices on which rows cost little; in sliding mode only.
         seed: of the random fills, and with ``do_sample=True`` of the samples: the same seed gives
             the same text. ``None``: fills take 0, a call that samples draws a seed from its
             ``generator`` or from torch's own.
@@ -140,8 +141,11 @@ class JacobiConfig:
             problems.append("pool=True needs mode='sliding': a block keeps its own guesses")
         if self.guesses == "ordered" and self.mode == "block":
             problems.append("guesses='ordered' needs mode='sliding': a block keeps its own guesses")
-        if not _is_positive(self.candidates):
-            problems.append(f"candidates must be an integer >= 1, not {self.candidates!r}")
+        if not _is_positive(self.candidates) or self.candidates > MOST_CANDIDATES:
+            problems.append(
+                f"candidates must be an integer from 1 to {MOST_CANDIDATES}, "
+                f"not {self.candidates!r}"
+            )
         elif self.candidates > 1 and self.mode == "block":
             problems.append(
                 f"candidates={self.candidates} needs mode='sliding': a block keeps its own guesses"
@@ -165,8 +169,7 @@ class JacobiConfig:
     def longest_lookup(self) -> int:
         """`lookup`, with what ``None`` stands for."""
         if self.lookup is None:
-            usual = _LOOKUP if self.candidates == 1 else _LOOKUP_SEVERAL
-            return max(usual, self.lookup_least or 1) if self.mode == "sliding" else 0
+            return max(_LOOKUP, self.lookup_least or 1) if self.mode == "sliding" else 0
         return self.lookup
 
     def pools(self, gated: bool) -> bool:
@@ -246,8 +249,7 @@ class JacobiConfig:
         )
 
 
-# Of several candidates each token that is compared costs launches of its own.
-_LOOKUP, _LOOKUP_SEVERAL = 8, 3
+_LOOKUP = 8
 # By what was measured (docs/performance.md). On a CPU four are fastest alone, and in batches of 4
 # and 16 one is, or nearly; on a GPU sixteen rows cost a large model little more than one.
 _CPU_WINDOW = 4

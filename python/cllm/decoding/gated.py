@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+import cllm_kernels
+
 from ..adapter import Gate
 from .candidates import CandidateIteration
 from .config import JacobiConfig
@@ -60,9 +62,9 @@ class GatedIteration(WindowIteration):
 class GatedCandidateIteration(CandidateIteration):
     """An iteration over several candidates, each of which an adapter goes on from.
 
-    The adapter's guesses are the second of them, if they are not the first: text and pool know the
-    text, the adapter knows the model. Every candidate stands twice, first among those
-    that are checked, then among guess rows; the guess rows of the best make the next guesses.
+    The adapter's guesses are one of the first two: text and pool know the text, the adapter knows
+    the model. Every candidate stands twice, first among those that are checked, then among guess
+    rows; the guess rows of the best make the next guesses.
 
     Args:
         gate: as in `GatedIteration`.
@@ -111,58 +113,13 @@ def advance(
         predictions: [B, v] behind them.
         guesses: [B, n] predictions of the guess rows.
     """
-    lengths = state.lengths.clone()
-    state.step(predictions, config, checked)
-    following = next_window(
+    accepted = state.step(predictions, config, checked)
+    cllm_kernels.draft_window(
+        state.window,
         checked,
-        guesses,
-        kept=state.lengths - lengths,
+        guesses.contiguous(),
+        accepted,
+        state.generated,
         progress=state.progress if config.mode == "block" else None,
-        generated=state.generated,
         fill=state.fill,
     )
-    state.window.copy_(following)
-
-
-def next_window(
-    checked: torch.Tensor,
-    guesses: torch.Tensor,
-    *,
-    kept: torch.Tensor,
-    progress: torch.Tensor | None,
-    generated: torch.Tensor,
-    fill: torch.Tensor | None,
-) -> torch.Tensor:
-    """What `jacobi_step` makes of a window, with the guesses of the guess rows in it.
-
-    Only shapes decide what runs; nothing is read back. Rows that have ended get some window.
-
-    Args:
-        checked: [B, v] what `jacobi_step` has made of the verify rows' window: its first token is
-            the last committed one; in block mode its first 1 + `progress` tokens are exact.
-        guesses: [B, n] predictions of the guess rows: token i is the guess for the place after
-            window token i.
-        kept: [B] window tokens that the cache has gained.
-        progress: [B] exact predictions of an unfinished block, 0 behind a finished one (block
-            mode, where v = n); None in sliding mode.
-        generated: [B] filled columns of the output.
-        fill: [B, F] guess for every column of the output, or None: repeat the last guess.
-
-    Returns:
-        [B, n] int64, contiguous.
-    """
-    columns = torch.arange(guesses.shape[1], device=guesses.device)
-    if progress is not None:
-        exact = progress[:, None]
-        unfinished = (exact > 0) & (columns > exact)
-        return torch.where(unfinished, guesses.roll(1, dims=1), checked)
-    last = guesses.shape[1] - 1
-    source = kept[:, None] - 1 + columns  # of the guess for every place
-    if fill is None:
-        unknown = guesses[:, -1:]
-    else:
-        place = generated[:, None] - 1 + columns
-        unknown = fill.gather(1, place.clamp(0, fill.shape[1] - 1))
-    window = torch.where(source <= last, guesses.gather(1, source.clamp(0, last)), unknown)
-    window[:, 0] = checked[:, 0]
-    return window

@@ -12,7 +12,7 @@ import torch
 
 
 class Lookup:
-    """Puts guesses from the text into windows.
+    """How the text is searched for guesses.
 
     Args:
         longest, least: most and fewest tokens of the end that must be found again.
@@ -27,7 +27,7 @@ class Lookup:
     def searched(
         self, sequences: torch.Tensor, generated: torch.Tensor, end: int
     ) -> dict[str, Any]:
-        """What `cllm_kernels.guess_window` takes of the text, in that op's words."""
+        """What `cllm_kernels.guess_window` and `guess_candidates` take of the text."""
         return dict(
             sequences=sequences,
             generated=generated,

@@ -192,7 +192,8 @@ class WindowIteration:
             cllm_kernels.guess_window(window, **sources)
 
     def _sources(self, end: int) -> dict[str, Any] | None:
-        """What `cllm_kernels.guess_window` guesses from; None where there is nothing."""
+        """What `cllm_kernels.guess_window` and `guess_candidates` guess from; None where there is
+        nothing."""
         pool, lookup, odds, state = self.pool, self.lookup, self.odds, self.state
         if pool is None and lookup is None:
             return None

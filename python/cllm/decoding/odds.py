@@ -26,12 +26,12 @@ _SEEN, _SEEN_TEXT = 2, 4
 
 
 class GuessOdds:
-    """What `cllm_kernels.guess_window` keeps of every row's sources.
+    """What `cllm_kernels.guess_window` and `guess_candidates` keep of every row's sources.
 
     On the device and of fixed shape, so that a graph can carry it; nothing is read back.
 
     Attributes:
-        odds: [B, 2 + longest, 2], proposed [B, 3, n], since [B]: as that op has them.
+        odds: [B, 2 + longest, 2], proposed [B, 3, n], since [B]: as these ops have them.
 
     Args:
         batch: B.
@@ -63,7 +63,7 @@ class GuessOdds:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """What `cllm_kernels.guess_window` takes of it."""
+        """What these ops take of it."""
         return dict(odds=self.odds, proposed=self.proposed, since=self.since)
 
     def learnt(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ class GuessPool:
     is read back, and what is kept does not depend on the order in which a device writes.
 
     Attributes:
-        latest: [B, V] as `cllm_kernels.guess_window` reads it.
+        latest: [B, V] as `cllm_kernels.guess_window` and `guess_candidates` read it.
 
     Args:
         prompts: [B, P] int64, right-padded.
