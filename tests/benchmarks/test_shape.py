@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -83,7 +84,8 @@ def test_waiting_for_the_device_is_not_the_hosts_work(monkeypatch):
         time.sleep(0.03)
 
     monkeypatch.setattr(Readback, "wait", wait)
-    model, prompt = tiny_model("llama"), torch.randint(5, 90, (1, 9))
+    # its own, with which its captures go
+    model, prompt = copy.deepcopy(tiny_model("llama")), torch.randint(5, 90, (1, 9))
     settings = dict(max_new_tokens=5, block_size=3, accept="one", compile="graph")
     cllm.generate(model, prompt, **settings)
     with shape.host_times() as host:
