@@ -28,7 +28,7 @@ from cllm_kernels.guess_candidates import OP, reference
 SIZES = [(1, 2, 4, 512, 49152), (8, 2, 8, 2048, 49152), (64, 4, 16, 1024, 16384)]  # B, C, n, L, V
 QUICK = [(2, 2, 4, 40, 97)]
 CALLS = 32
-LONGEST = 3  # as decoding has it for several candidates
+LONGEST = 8
 
 
 def written_out(count: int, *arguments: Tensor) -> Tensor:

@@ -53,12 +53,12 @@ def draft_window(
     Rows that have ended get some window.
 
     Args (int64, contiguous, on one device; B rows):
-        window: [B, n], written.
+        window: [B, n], written; it overlaps none of the others.
         checked: [B, v] what `jacobi_step` has made of the tokens that were checked, v from 1 to n:
             its first is the last committed one; with `progress`, the first 1 + progress are exact.
         guesses: [B, n] behind every token of the window that was fed.
         accepted: [B] what `jacobi_step` returned: so far has a sliding window moved on.
-        generated: [B] tokens committed to the output, those too.
+        generated: [B] tokens committed to the output, behind that step.
         progress: [B] in block mode, for which v = n: exact predictions of an unfinished block,
             which keeps its place; 0 where a block has ended, whose window is `checked`. None: in
             sliding mode.

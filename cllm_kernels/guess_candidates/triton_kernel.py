@@ -16,6 +16,7 @@ from cllm_kernels.guess_window.triton_kernel import (
     search,
 )
 
+USABLE = tl.constexpr(reference.USABLE)
 SHORT = tl.constexpr(reference.SHORT)
 NONE = tl.constexpr(reference.NONE)
 COLUMNS = 512  # of the text at a time: with more a thread, registers do not suffice
@@ -67,7 +68,7 @@ def guess_candidates_kernel(
     OWN: tl.constexpr = COUNT + 1
     begun = tl.zeros((SOURCES,), tl.int64)  # first guesses
     column = tl.zeros((SOURCES,), tl.int64)  # of the text that a way is behind
-    rank = tl.where(source == OWN, 0, NONE)
+    rank = tl.where(source == OWN, USABLE, NONE)
     last = row - row
     kind = last - 1
     if LONGEST > 0:
@@ -78,13 +79,16 @@ def guess_candidates_kernel(
             score = search(text, first, until, columns, begun, way, LONGEST, BLOCK, SOURCES)
             found = score >= 0
             enough = score >= LEAST * columns
-            until = tl.where(found, last, first)  # behind a way that is none there are no others
+            # Ways behind one that is short are short, and taken where pool and window's own leave
+            # room; behind one that is none there are no others.
+            room = way + 1 < COUNT - 1 - HAS_POOL
+            until = tl.where(enough | (found & room), last, first)
             its = tl.maximum(score, 0) % columns
             token = tl.load(text + its + 1, mask=found, other=0)
             here = (source == way) & found
             column = tl.where(here, its, column)
             begun = tl.where(here, token, begun)
-            rank = tl.where(here, tl.where(enough, 0, SHORT), rank)
+            rank = tl.where(here, tl.where(enough, USABLE, SHORT), rank)
             kind = tl.where((way == 0) & enough, 1 + score // columns, kind)
 
     place = source  # in the order of taking
@@ -121,14 +125,14 @@ def guess_candidates_kernel(
         pair = tl.load(pairs + token, mask=known, other=-1)
         token = tl.where(pair >= 0, pair % vocabulary, tl.load(w_row + 1))
         begun = tl.where(source == POOL, token, begun)
-        rank = tl.where(source == POOL, 0, rank)
+        rank = tl.where(source == POOL, USABLE, rank)
     begun = tl.where(source == OWN, tl.load(w_row + 1), begun)
 
     key = 2 * place
     if OWN_SECOND:
-        ahead = tl.min(tl.where(rank == 0, key, 2 * SOURCES + 8), axis=0)
+        ahead = tl.min(tl.where(rank == USABLE, key, 2 * SOURCES + 8), axis=0)
         key = tl.where(source == OWN, tl.minimum(key, ahead + 1), key)
-    earlier = (rank[None, :] == 0) & (rank[:, None] == 0) & (key[None, :] < key[:, None])
+    earlier = (rank[None, :] == USABLE) & (rank[:, None] == USABLE) & (key[None, :] < key[:, None])
     same = tl.max(((begun[:, None] == begun[None, :]) & earlier).to(tl.int64), axis=1)
     if OWN_SECOND:
         same = tl.where(source == OWN, 0, same)

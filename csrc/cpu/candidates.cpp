@@ -43,8 +43,8 @@ class Candidates {
         }
         for (Guesses& one : sources_)
             if (!one.taken) take(one);
-        for (; enough_ < ways_.size(); ++enough_) {
-            Guesses short_end = behind(ways_[enough_]);
+        for (size_t way = enough_; way < ways_.size(); ++way) {
+            Guesses short_end = behind(ways_[way]);
             take(short_end);
         }
         while (used_ < all_.count) take(own_);
@@ -92,6 +92,9 @@ class Candidates {
             if (way.run == 0) return;
             ways_.push_back(way);
             if (way.run >= all_.guess.least) enough_ = ways_.size();
+            // Those behind one that is short are short, and taken where pool and window leave room.
+            const int64_t room = most - 1 - (all_.guess.latest != nullptr);
+            if (enough_ < ways_.size() && static_cast<int64_t>(ways_.size()) >= room) return;
             begun_.push_back(text[way.column + 1]);
         }
     }

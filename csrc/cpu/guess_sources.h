@@ -32,8 +32,10 @@ inline Occurrence find_end(const GuessWindow& guess, int64_t row, const int64_t*
     const int64_t first = std::max<int64_t>(guess.starts[row], 0);
     const int64_t last = std::min(guess.generated[row], guess.end) - 1;
     Occurrence found;
-    for (int64_t column = last - 1; column >= first && found.run < guess.longest; --column) {
-        if (text[column] != text[last]) continue;
+    if (first >= last) return found;
+    const int64_t end = text[last];
+    for (int64_t column = last - 1; found.run < guess.longest; --column) {
+        while (column >= first && text[column] != end) --column;
         const int64_t most = std::min(guess.longest, column - first + 1);
         if (most <= found.run) break;  // nor has any column before this one more before it
         if (std::find(taken, taken + count, text[column + 1]) != taken + count) continue;

@@ -107,8 +107,8 @@ def test_they_take_fewer_forwards():
 @pytest.mark.parametrize("adapter", [None, 0.05])
 @pytest.mark.parametrize("count", [2, 4])
 def test_which_they_are(adapter, count, monkeypatch):
-    """An adapter's guesses are one of the first two; alone, none begins as an earlier one does
-    while there is another source."""
+    """They go on from the same token; an adapter's guesses are one of the first two; and mostly
+    they begin with different guesses."""
     seen = []
     own = CandidateIteration._candidates
 

@@ -188,7 +188,7 @@ def guesses(n: int, width: int) -> None:
 
 def guess_candidates() -> Iterator[Launch]:
     for n in (2, 5, 70):
-        for count in (2, 5):
+        for count in (2, 5, 32):
             yield f"n={n} C={count}", lambda n=n, count=count: candidates(n, count)
 
 

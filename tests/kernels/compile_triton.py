@@ -89,13 +89,15 @@ def main(capabilities: list[int]) -> None:
     targets += [(80, "unaligned"), (80, "ones")] if 80 in capabilities else []
     report = []
     for capability, kind in targets:
-        seen: set[str] = set()
+        seen: set[tuple] = set()
         for label, kernel, *rest in variants():
             if kind == "unaligned" and "tiles" not in label:
                 continue
-            if kind == "ones" and kernel.__name__ in seen:  # one of each will do
+            # one of each way through a kernel will do
+            switches = {name for name, value in rest[1].items() if value is True}
+            if kind == "ones" and (kernel.__name__, *sorted(switches)) in seen:
                 continue
-            seen.add(kernel.__name__)
+            seen.add((kernel.__name__, *sorted(switches)))
             report.append(compiled(label, kernel, *rest, capability, kind))
     print(json.dumps(report))
 

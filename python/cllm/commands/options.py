@@ -138,7 +138,7 @@ LookupOption = Annotated[
         "--lookup",
         min=0,
         help="Most tokens of the text's end that are looked up in it for guesses; 0: none.  "
-        "[default: 8, for several candidates 3; 0 with --mode block]",
+        "[default: 8; 0 with --mode block]",
         show_default=False,
     ),
 ]
@@ -147,7 +147,7 @@ PoolOption = Annotated[
     typer.Option(
         "--pool/--no-pool",
         help="Guess from earlier predictions, too.  [default: where "
-        "something is looked up and no adapter guesses]",
+        "something is looked up, with an adapter only for several candidates]",
         show_default=False,
     ),
 ]
@@ -164,8 +164,8 @@ CandidatesOption = Annotated[
     typer.Option(
         "--candidates",
         min=1,
-        help="Windows of guesses that a forward checks side by side, for devices on which rows "
-        "cost little.",
+        help="Windows of guesses, up to 32, that a forward checks side by side, for devices on "
+        "which rows cost little.",
     ),
 ]
 CompileOption = Annotated[
