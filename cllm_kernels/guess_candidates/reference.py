@@ -47,7 +47,7 @@ def guess_candidates(
         there = proposed[:, :, 0].gather(1, order) >= 0
         # the first way is among the ranked, or too short to be
         first = rank[:, :1].masked_fill(rank[:, :1] == USABLE, NONE)
-        sources = [guesses, ways[:, :1], ways[:, 1:]]
+        sources = [guesses, ways]
         ranks = [torch.where(there, USABLE, NONE), first, rank[:, 1:]]
         own_place = (order == 0).long().argmax(dim=1, keepdim=True)
     else:

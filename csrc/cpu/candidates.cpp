@@ -1,6 +1,7 @@
 // Candidates of a window, and the one that counts, on the CPU:
 // cllm_kernels/guess_candidates/reference.py and cllm_kernels/best_candidate/reference.py say what
 // is computed.
+#include <initializer_list>
 #include <vector>
 
 #include "guess_sources.h"
@@ -21,7 +22,7 @@ struct Guesses {
 class Candidates {
   public:
     explicit Candidates(const GuessCandidates& all) : all_(all), chain_(all.guess.n) {
-        const size_t most = all.count + 3;
+        const size_t most = all.count + 2;  // ways, the pool's chain and the window's own
         sources_.reserve(most);
         ways_.reserve(most);
         begun_.reserve(most);
@@ -61,9 +62,8 @@ class Candidates {
         sources_.clear();
         if (guess.odds != nullptr) {
             propose(guess, row_, enough_ > 0 ? ways_.front() : Occurrence{});
-            Source second = kNone;
             const Source first = best_source(guess, row_, kNone);
-            if (first != kNone) second = best_source(guess, row_, first);
+            const Source second = best_source(guess, row_, first);
             for (const Source source : {first, second}) add(source);
             for (const Source source : {kOwn, kPool, kText})
                 if (source != first && source != second) add(source);
