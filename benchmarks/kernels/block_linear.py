@@ -33,6 +33,8 @@ from cllm_kernels.block_linear import OP
 CPU = [(rows, 30, 1536, 576) for rows in (1, 4, 8, 16, 32, 64)]
 # up-projections of GPT-2, whose weights lie across in memory: [H, N]
 ACROSS = [(rows, 24, 3072, 768) for rows in (1, 4, 8, 16, 32, 64)]
+# the gate projections of a model of 1B: all rows of x together are more than L1 holds
+WIDE = [(rows, 4, 8192, 2048) for rows in (4, 8, 12, 16, 32)]
 CUDA = [(rows, 4, 11008, 4096) for rows in (1, 16, 64)]
 QUICK = [(5, 2, 60, 33)]
 RANK = 32
@@ -133,7 +135,8 @@ def case(
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     shapes = QUICK if quick else CUDA if device.type == "cuda" else CPU
-    plain = [case(shape, dtype, device) for dtype in DTYPES for shape in shapes]
+    wide = [] if quick or device.type == "cuda" else WIDE
+    plain = [case(shape, dtype, device) for dtype in DTYPES for shape in [*shapes, *wide]]
     pairs = [shape for shape in shapes if quick or shape[0] in (8, 16)]
     gated = [case(shape, dtype, device, gated=True) for dtype in DTYPES for shape in pairs]
     lying = [] if device.type == "cuda" else QUICK if quick else ACROSS

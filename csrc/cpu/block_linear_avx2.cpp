@@ -24,6 +24,11 @@ struct Simd : Plain<Simd, 8> {
     static Vec load_f16(const uint16_t* data) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
     }
+    // In a register.
+    static Vec held(Vec x) {
+        asm("" : "+x"(x));
+        return x;
+    }
     static void store(float* data, Vec x) { _mm256_storeu_ps(data, x); }
     static Vec fill(float value) { return _mm256_set1_ps(value); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }

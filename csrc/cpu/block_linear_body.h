@@ -5,6 +5,8 @@
 // A tile is some rows of x times some rows of the weight, one vector of partial sums for each pair,
 // along the width. Both lie along the width as they are, so nothing is packed: a weight is read
 // from memory once, in the order it lies there, and used for every row while it is in L2.
+// Rows of x that one pass does not hold go through in groups, one behind the other over the same
+// few rows of the weight, so that a group's rows stay in L1 however wide they are.
 //
 // What is summed in which order depends on the width alone: a row's result has the same bits in
 // every tile, beside any other rows.
@@ -23,6 +25,9 @@ struct Float32 {
     static Vec multiply_add(Vec a, Vec b, Vec c) { return Simd::multiply_add(a, b, c); }
     static float widen(float x) { return x; }
     static float narrow(float x) { return x; }
+    static void narrow_four(const float* sums, float* out) {
+        __builtin_memcpy(out, sums, 4 * sizeof *sums);
+    }
 };
 struct BFloat16 : Float32 {
     using Element = uint16_t;
@@ -32,6 +37,7 @@ struct BFloat16 : Float32 {
     }
     static float widen(uint16_t x) { return widen_bf16(x); }
     static uint16_t narrow(float x) { return narrow_bf16(x); }
+    static void narrow_four(const float* sums, uint16_t* out) { Simd::narrow_four(sums, out); }
 };
 struct Float16 : Float32 {
     using Element = uint16_t;
@@ -41,26 +47,39 @@ struct Float16 : Float32 {
     }
     static float widen(uint16_t x) { return widen_f16(x); }
     static uint16_t narrow(float x) { return narrow_f16(x); }
+    static void narrow_four(const float* sums, uint16_t* out) {
+        for (int i = 0; i < 4; ++i) out[i] = narrow_f16(sums[i]);
+    }
 };
 
-// Rows of the weight per tile, by rows of x: what the registers hold, where it comes from L2. Where
-// it comes from memory few rows at a time are quickest, that is in few streams, and all the rest is
-// hidden behind them up to kMostRows rows of x.
-constexpr int kMostRows = Simd::kAccumulators / 2;
+// Rows of x that one pass takes alone: as many as the registers hold with two rows of the weight,
+// of more than kFewRows no more than L1 holds. What is more goes through in groups of kGroup, or up
+// to two more.
+constexpr int kAlone = Simd::kAccumulators / 2;
+constexpr int kFewRows = 8;
+constexpr int64_t kAloneBytes = 32 << 10;
+constexpr int kGroup = 4;
+constexpr int kMostInGroup = kGroup + 2;
+
+// Rows of the weight per tile, by rows of x: what the registers hold, where it comes from L2, four
+// at most, whose sums are written by one store. Where it comes from memory few rows at a time are
+// quickest, that is in few streams, and all the rest is hidden behind them up to kAlone rows of x.
 constexpr int weights_per_tile(int rows, bool from_memory) {
     if (from_memory) return 2;
-    return Simd::kAccumulators / rows < 6 ? Simd::kAccumulators / rows : 6;
+    return Simd::kAccumulators / rows < 4 ? Simd::kAccumulators / rows : 4;
 }
 constexpr int kTilesAhead = 4;  // that are asked for from memory
 
-// About a third of the smallest L2: what the rows of x in groups of kMostRows share.
-constexpr int64_t kSharedBytes = 128 << 10;
+// Rows of the weight that the groups share: a multiple of every number of weights per tile. They
+// and what is asked for behind them stay in L2.
+constexpr int64_t kShared = 24;
+constexpr int64_t kSharedBytes = 256 << 10;
 
 // Adds the products of `width` elements: of rows of the weight, stride apart, and of rows of the
 // input from kFrom on, padded apart.
 template <typename Type, int kRows, int kWeights, bool kPrefetch, int kFrom = 0>
 // as a function of its own it would keep the sums in memory
-__attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows][kWeights],
+__attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows * kWeights],
                                                       const typename Type::Element* weight,
                                                       int64_t stride,
                                                       const typename Type::Input* input,
@@ -76,9 +95,13 @@ __attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows][kWeight
             if (kPrefetch) Simd::prefetch(place + kTilesAhead * kWeights * stride);
         }
         for (int r = kFrom; r < kRows; ++r) {
-            const auto row = Type::load_input(input + r * padded + k);
+            auto row = Type::load_input(input + r * padded + k);
+            // gcc would read a row again for each of its uses, and there is one read in a cycle;
+            // behind reads from memory that is quicker all the same
+            if constexpr (!kPrefetch) row = Simd::held(row);
             for (int c = 0; c < kWeights; ++c) {
-                sums[r][c] = Type::multiply_add(row, weights[c], sums[r][c]);
+                Vec& sum = sums[r * kWeights + c];
+                sum = Type::multiply_add(row, weights[c], sum);
             }
         }
     }
@@ -87,7 +110,8 @@ __attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows][kWeight
         const auto weights = Type::load_some(weight + c * stride + whole, width - whole);
         for (int r = kFrom; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + whole);
-            sums[r][c] = Type::multiply_add(row, weights, sums[r][c]);
+            Vec& sum = sums[r * kWeights + c];
+            sum = Type::multiply_add(row, weights, sum);
         }
     }
 }
@@ -111,10 +135,8 @@ void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
           Gated gated) {
     using Element = typename Type::Element;
     using Input = typename Type::Input;
-    Vec sums[kRows][kWeights];
-    for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < kWeights; ++c) sums[r][c] = Simd::fill(0.0f);
-    }
+    Vec sums[kRows * kWeights];
+    for (Vec& sum : sums) sum = Simd::fill(0.0f);
     accumulate<Type, kRows, kWeights, kPrefetch>(
         sums, static_cast<const Element*>(linear.weight) + column * linear.weight_stride,
         linear.weight_stride, static_cast<const Input*>(input.x) + row * input.padded, input.padded,
@@ -132,16 +154,19 @@ void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
         }
     }
     float totals[kRows * kWeights];
-    Simd::template reduce_add_each<kRows * kWeights>(sums[0], totals);
+    Simd::template reduce_add_each<kRows * kWeights>(sums, totals);
+    const auto* const bias = static_cast<const Element*>(linear.bias);
     for (int r = 0; r < kRows; ++r) {
         auto* const out = static_cast<typename Out::Element*>(linear.out) +
                           (row + r) * linear.out_stride + column;
-        for (int c = 0; c < kWeights; ++c) {
-            float sum = totals[r * kWeights + c];
-            if (linear.bias != nullptr) {
-                sum += Type::widen(static_cast<const Element*>(linear.bias)[column + c]);
-            }
-            out[c] = Out::narrow(sum);
+        float* const own = totals + r * kWeights;
+        if (bias != nullptr) {
+            for (int c = 0; c < kWeights; ++c) own[c] += Type::widen(bias[column + c]);
+        }
+        if constexpr (kWeights == 4) {
+            Out::narrow_four(own, out);
+        } else {
+            for (int c = 0; c < kWeights; ++c) out[c] = Out::narrow(own[c]);
         }
     }
 }
@@ -160,35 +185,37 @@ void columns(const BlockLinear& linear, const BlockLinearInput& input, int64_t r
     }
 }
 
-// 1 to kMostRows rows.
-template <typename Type, typename Out, bool kPrefetch, int kRows = 1>
+// 1 to kMost rows.
+template <typename Type, typename Out, bool kPrefetch, int kMost, int kRows = 1>
 void group(const BlockLinear& linear, const BlockLinearInput& input, int64_t row, int64_t rows,
            int64_t first, int64_t last) {
     if (rows == kRows) {
         return columns<Type, Out, kRows, kPrefetch>(linear, input, row, first, last);
     }
-    if constexpr (kRows < kMostRows) {
-        group<Type, Out, kPrefetch, kRows + 1>(linear, input, row, rows, first, last);
+    if constexpr (kRows < kMost) {
+        group<Type, Out, kPrefetch, kMost, kRows + 1>(linear, input, row, rows, first, last);
     }
 }
 
 template <typename Type, typename Out>
 void typed_span(const BlockLinear& linear, const BlockLinearInput& input, int64_t first,
                 int64_t last) {
+    const int64_t input_bytes = linear.rows * input.padded * sizeof(typename Type::Input);
+    if (linear.rows <= kAlone && (linear.rows <= kFewRows || input_bytes <= kAloneBytes)) {
+        return group<Type, Out, true, kAlone>(linear, input, 0, linear.rows, first, last);
+    }
     const int64_t row_bytes = linear.weight_stride * sizeof(typename Type::Element);
-    // 60: a multiple of every number of weights per tile; rows of an expanded weight are 0 apart
-    const bool many = row_bytes > 0 && row_bytes * 60 < kSharedBytes;
-    const int64_t shared = many ? kSharedBytes / (row_bytes * 60) * 60 : 60;
-    const int64_t groups = (linear.rows + kMostRows - 1) / kMostRows;
+    const int64_t shared = row_bytes * kShared <= kSharedBytes ? kShared : kShared / 2;
+    const int64_t groups = linear.rows < 2 * kGroup ? 2 : linear.rows / kGroup;
     for (int64_t begin = first; begin < last; begin += shared) {
         const int64_t end = begin + shared < last ? begin + shared : last;
         int64_t row = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t next = linear.rows * (g + 1) / groups;
             if (g == 0) {
-                group<Type, Out, true>(linear, input, row, next - row, begin, end);
+                group<Type, Out, true, kMostInGroup>(linear, input, row, next - row, begin, end);
             } else {
-                group<Type, Out, false>(linear, input, row, next - row, begin, end);
+                group<Type, Out, false, kMostInGroup>(linear, input, row, next - row, begin, end);
             }
             row = next;
         }

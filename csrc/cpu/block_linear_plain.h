@@ -19,6 +19,9 @@ struct Plain {
     static auto load_some_f16(const uint16_t* data, int64_t count) {
         return Own::load_f16(Part<uint16_t>(data, count).data);
     }
+    static void narrow_four(const float* data, uint16_t* out) {
+        for (int i = 0; i < 4; ++i) out[i] = narrow_bf16(data[i]);
+    }
     // out [kCount]: the sum of each vector.
     template <int kCount, typename Vec>
     static void reduce_add_each(const Vec* vectors, float* out) {

@@ -30,6 +30,7 @@ struct Simd : Plain<Simd, 8> {
     static Vec load_f16(const uint16_t* data) {
         return each([&](int64_t i) { return widen_f16(data[i]); });
     }
+    static Vec held(const Vec& x) { return x; }
     static void store(float* data, const Vec& x) { __builtin_memcpy(data, x.lane, sizeof x.lane); }
     static Vec fill(float value) {
         return each([&](int64_t) { return value; });

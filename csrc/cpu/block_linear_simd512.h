@@ -26,6 +26,23 @@ struct Simd {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), data));
     }
     static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+    // In a register.
+    template <typename Data>
+    static Data held(Data x) {
+        asm("" : "+v"(x));
+        return x;
+    }
+    // narrow_bf16 of each.
+    static void narrow_four(const float* data, uint16_t* out) {
+        const __m128 x = _mm_loadu_ps(data);
+        const __m128i bits = _mm_castps_si128(x);
+        const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+        const __m128i half = _mm_add_epi32(odd, _mm_set1_epi32(0x7fff));
+        const __m128i nearest = _mm_srli_epi32(_mm_add_epi32(bits, half), 16);
+        const __m128i narrow = _mm_mask_mov_epi32(nearest, _mm_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                                                  _mm_set1_epi32(0x7fc0));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(narrow, narrow));
+    }
     static void store(float* data, Vec x) { _mm512_storeu_ps(data, x); }
     static Vec fill(float value) { return _mm512_set1_ps(value); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -48,9 +65,13 @@ struct Simd {
             const Vec high = kEach == 4 ? pairs(part[2 % kEach], part[3 % kEach]) : low;
             const Vec sums = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88),
                                            _mm512_shuffle_ps(low, high, 0xdd));
-            alignas(64) float all[16];
-            store(all, sums);
-            for (int i = 0; i < kTaken; ++i) out[i] = all[i / kEach * 4 + i % kEach];
+            if constexpr (kEach == 4) {
+                store(out, sums);
+            } else {
+                alignas(64) float all[16];
+                store(all, sums);
+                for (int i = 0; i < kTaken; ++i) out[i] = all[i / kEach * 4 + i % kEach];
+            }
             if constexpr (kCount > kTaken) {
                 reduce_add_each<kCount - kTaken>(vectors + kTaken, out + kTaken);
             }
