@@ -42,7 +42,10 @@ SMALL = (48, 64, 4, 2, 16, 2)
 CONTEXT = 256
 # four of LLaMA-2-7B's 32 layers hold 1.6 GB in bf16
 LLAMA = (4096, 11008, 32, 32, 128, 4)
-CPU = [(SMOLLM2, rows, CONTEXT) for rows in (1, 4, 8, 16, 32)]
+CPU = [
+    *[(SMOLLM2, rows, CONTEXT) for rows in (1, 4, 8, 16, 32)],
+    *[(SMOLLM2, rows, 2048) for rows in (4, 16)],
+]
 GPU = [
     *[(LLAMA, rows, CONTEXT) for rows in (1, 16, 64)],
     (SMOLLM2, 1, CONTEXT),

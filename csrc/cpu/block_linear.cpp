@@ -5,11 +5,8 @@
 #include <cstring>
 #include <memory>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "scratch.h"
+#include "team.h"
 
 namespace cllm {
 namespace {
@@ -87,15 +84,6 @@ void shrink(const BlockLinear& linear, const BlockLinearKernels& kernel, const c
         shrunk.out = low + gated * padded_rank * bytes;
         kernel.span(shrunk, {x + gated * padded * bytes, nullptr, padded, 0}, first, last);
     }
-}
-
-// The threads of this parallel region share the work by this number.
-int64_t team_size() {
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
 }
 
 // A multiple of every number of weights per tile (block_linear_body.h), so that few are left.

@@ -88,17 +88,20 @@ __attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows * kWeigh
     const int64_t whole = width / kStep * kStep;
     for (int64_t k = 0; k < whole; k += kStep) {
         decltype(Type::load(weight)) weights[kWeights];
+#pragma GCC unroll 16
         for (int c = 0; c < kWeights; ++c) {
             const auto* const place = weight + c * stride + k;
             weights[c] = Type::load(place);
             // A row of the weight ends before the hardware has seen where it leads.
             if (kPrefetch) Simd::prefetch(place + kTilesAhead * kWeights * stride);
         }
+#pragma GCC unroll 16
         for (int r = kFrom; r < kRows; ++r) {
             auto row = Type::load_input(input + r * padded + k);
             // gcc would read a row again for each of its uses, and there is one read in a cycle;
             // behind reads from memory that is quicker all the same
             if constexpr (!kPrefetch) row = Simd::held(row);
+#pragma GCC unroll 16
             for (int c = 0; c < kWeights; ++c) {
                 Vec& sum = sums[r * kWeights + c];
                 sum = Type::multiply_add(row, weights[c], sum);
@@ -106,8 +109,10 @@ __attribute__((always_inline)) inline void accumulate(Vec (&sums)[kRows * kWeigh
         }
     }
     if (whole == width) return;
+#pragma GCC unroll 16
     for (int c = 0; c < kWeights; ++c) {
         const auto weights = Type::load_some(weight + c * stride + whole, width - whole);
+#pragma GCC unroll 16
         for (int r = kFrom; r < kRows; ++r) {
             const auto row = Type::load_input(input + r * padded + whole);
             Vec& sum = sums[r * kWeights + c];
@@ -136,7 +141,10 @@ void tile(const BlockLinear& linear, const BlockLinearInput& input, int64_t row,
     using Element = typename Type::Element;
     using Input = typename Type::Input;
     Vec sums[kRows * kWeights];
-    for (Vec& sum : sums) sum = Simd::fill(0.0f);
+    // unrolled, here and where they are added to: else gcc keeps the sums in memory between the
+    // loops
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kWeights; ++i) sums[i] = Simd::fill(0.0f);
     accumulate<Type, kRows, kWeights, kPrefetch>(
         sums, static_cast<const Element*>(linear.weight) + column * linear.weight_stride,
         linear.weight_stride, static_cast<const Input*>(input.x) + row * input.padded, input.padded,

@@ -1,7 +1,9 @@
 // The vectors of block_linear's two AVX-512 units; included inside an anonymous namespace, behind
 // immintrin.h.
 
-struct Simd {
+#include "sums512.h"
+
+struct Simd : Sums512 {
     using Vec = __m512;
     static constexpr int64_t kWidth = 16;
     static constexpr int kAccumulators = 24;  // of 32 registers
@@ -46,54 +48,6 @@ struct Simd {
     static void store(float* data, Vec x) { _mm512_storeu_ps(data, x); }
     static Vec fill(float value) { return _mm512_set1_ps(value); }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-    static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
-    // out [kCount]: the sum of each vector, to the bit what reduce_add gives, by a third of its
-    // instructions where there are many.
-    template <int kCount>
-    static void reduce_add_each(const Vec* vectors, float* out) {
-        constexpr int kTaken = kCount >= 16 ? 16 : kCount >= 8 ? 8 : kCount >= 4 ? 4 : 0;
-        if constexpr (kTaken == 0) {
-            for (int i = 0; i < kCount; ++i) out[i] = reduce_add(vectors[i]);
-        } else {
-            // the sums of quarter q are those of vectors kEach * q + 0 .. kEach - 1
-            constexpr int kEach = kTaken / 4;
-            Vec part[4];
-            for (int i = 0; i < 4; ++i) {
-                part[i] = quarters(vectors, i % kEach, kEach);
-            }
-            const Vec low = pairs(part[0], part[1 % kEach]);
-            const Vec high = kEach == 4 ? pairs(part[2 % kEach], part[3 % kEach]) : low;
-            const Vec sums = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88),
-                                           _mm512_shuffle_ps(low, high, 0xdd));
-            if constexpr (kEach == 4) {
-                store(out, sums);
-            } else {
-                alignas(64) float all[16];
-                store(all, sums);
-                for (int i = 0; i < kTaken; ++i) out[i] = all[i / kEach * 4 + i % kEach];
-            }
-            if constexpr (kCount > kTaken) {
-                reduce_add_each<kCount - kTaken>(vectors + kTaken, out + kTaken);
-            }
-        }
-    }
-    // Every quarter is one vector's: element i + 4 and so on added to element i.
-    static Vec quarters(const Vec* vectors, int first, int stride) {
-        const auto halves = [](Vec a, Vec b) {
-            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44),
-                                 _mm512_shuffle_f32x4(a, b, 0xee));
-        };
-        const Vec low = halves(vectors[first], vectors[first + stride]);
-        const Vec high = halves(vectors[first + 2 * stride], vectors[first + 3 * stride]);
-        return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
-                             _mm512_shuffle_f32x4(low, high, 0xdd));
-    }
-    // In every quarter a's two sums of elements two apart, then b's.
-    static Vec pairs(Vec a, Vec b) {
-        const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
     // Into L2: a line that is asked for into L1 holds up the loads of others while it comes.
     // always_inline: gcc takes a function that only prefetches for one that does nothing.
     __attribute__((always_inline)) static void prefetch(const void* place) {

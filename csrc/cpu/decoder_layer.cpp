@@ -10,6 +10,7 @@
 
 #include "block_linear.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace cllm {
 namespace {
@@ -170,29 +171,41 @@ class Pass {
                        static_cast<const char*>(layer_.sin) + place, layer_.dtype, size);
     }
 
+    // Rows that share the reading of keys: as many as leave every thread of the region two pieces.
+    int64_t together() const {
+        int64_t rows = kMostTogether;
+        const auto pieces = [&] {
+            return layer_.batch * layer_.kv_heads * ((layer_.n - 1) / rows + 1);
+        };
+        while (rows > 1 && pieces() < 2 * team_size()) rows /= 2;
+        return rows;
+    }
+
     void attend() const {
         const int64_t groups = layer_.heads / layer_.kv_heads;
-        const int64_t bytes = layer_.head_size * size_;
+        const int64_t shared = together(), blocks = (layer_.n - 1) / shared + 1;
 #pragma omp for schedule(static)
-        for (int64_t item = 0; item < rows_ * layer_.kv_heads; ++item) {
-            const int64_t row = item / layer_.kv_heads, head = item % layer_.kv_heads;
-            const int64_t batch_row = row / layer_.n, token = row % layer_.n;
-            const int64_t length = layer_.lengths[batch_row];
-            const int64_t offset = (row * layer_.heads + head * groups) * bytes;
-            QueryRow query{query_ + offset,
-                           attended_ + offset,
-                           slot(layer_.keys, batch_row, head, 0),
-                           slot(layer_.values, batch_row, head, 0),
-                           layer_.keys.slot,
-                           layer_.values.slot,
-                           groups,
-                           layer_.head_size,
-                           0,
-                           0,
-                           0,
-                           0,
-                           layer_.scale};
-            see(query, length, token);
+        for (int64_t item = 0; item < layer_.batch * blocks * layer_.kv_heads; ++item) {
+            const int64_t head = item % layer_.kv_heads;
+            const int64_t batch_row = item / layer_.kv_heads / blocks;
+            const int64_t first = item / layer_.kv_heads % blocks * shared;
+            const int64_t row = batch_row * layer_.n + first;
+            const int64_t offset = (row * layer_.heads + head * groups) * layer_.head_size * size_;
+            QueryRows query{query_ + offset,
+                            attended_ + offset,
+                            slot(layer_.keys, batch_row, head, 0),
+                            slot(layer_.values, batch_row, head, 0),
+                            std::min(shared, layer_.n - first),
+                            layer_.heads * layer_.head_size,
+                            layer_.keys.slot,
+                            layer_.values.slot,
+                            groups,
+                            layer_.head_size,
+                            layer_.scale,
+                            {}};
+            for (int64_t i = 0; i < query.rows; ++i) {
+                query.seen[i] = seen(layer_.lengths[batch_row], first + i);
+            }
             kernel_.attend(query, layer_.dtype);
         }
     }
@@ -200,13 +213,13 @@ class Pass {
     // Verify rows, and those of a block without guess rows, see what is committed and the block up
     // to themselves. A guess row stands at the position of its number in its chain, and of the
     // block it sees that chain alone.
-    void see(QueryRow& query, int64_t length, int64_t token) const {
+    Seen seen(int64_t length, int64_t token) const {
         const int64_t guess = token - layer_.guesses_from;
-        query.split = length;
-        query.shift = guess < 0 ? 0 : token - guess % layer_.guess_width;
-        const int64_t position = length + token - query.shift;
-        query.begin = layer_.window > 0 ? std::max<int64_t>(position - layer_.window + 1, 0) : 0;
-        query.end = position + 1;
+        const int64_t shift = guess < 0 ? 0 : token - guess % layer_.guess_width;
+        const int64_t position = length + token - shift;
+        const int64_t begin =
+            layer_.window > 0 ? std::max<int64_t>(position - layer_.window + 1, 0) : 0;
+        return {begin, position + 1, length, shift};
     }
 
     void add_and_norm() const {

@@ -120,123 +120,7 @@ void silu_multiply_of(typename Type::Element* gate, const typename Type::Element
     }
 }
 
-// Slots that are scored before the running maximum is looked at; tiles begin at multiples of it.
-constexpr int64_t kTile = 32;
-constexpr int kMostGroups = 4;
-
-// The softmax is taken online (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
-template <typename Type, int kGroups>
-void attend_group(const QueryRow& row, int64_t group) {
-    using Element = typename Type::Element;
-    const int64_t size = row.size, vectors = (size + kWidth - 1) / kWidth;
-    const auto* const keys = static_cast<const Element*>(row.keys);
-    const auto* const values = static_cast<const Element*>(row.values);
-    alignas(64) float query[kGroups][kLargestHead];
-    alignas(64) float sums[kGroups][kLargestHead];
-    alignas(64) float scores[kGroups][kTile];
-    float largest[kGroups], total[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-        const auto* const data = static_cast<const Element*>(row.query) + (group + g) * size;
-        for (int64_t d = 0; d < size; d += kWidth) {
-            const Vec part = load_some<Type>(data + d, size - d);
-            Simd::store(query[g] + d, Simd::mul(part, Simd::fill(row.scale)));
-            Simd::store(sums[g] + d, Simd::fill(0.0f));
-        }
-        largest[g] = -__builtin_inff();
-        total[g] = 0.0f;
-    }
-    for (int64_t tile = row.begin / kTile * kTile; tile < row.end; tile += kTile) {
-        // tiles are of positions, so that a sum is grouped alike wherever its slots are
-        const int64_t first = tile > row.begin ? tile : row.begin;
-        const int64_t last = tile + kTile < row.end ? tile + kTile : row.end;
-        const int64_t count = last - first;
-        const int64_t before = row.split - first;
-        const int64_t near = before < 0 ? 0 : before < count ? before : count;
-        for (int64_t j = 0; j < count; ++j) {
-            const int64_t slot = first + j + (j < near ? 0 : row.shift);
-            const Element* const key = keys + slot * row.key_slot;
-            Vec dots[kGroups];
-            for (int g = 0; g < kGroups; ++g) dots[g] = Simd::fill(0.0f);
-            for (int64_t d = 0; d < size; d += kWidth) {
-                const Vec part = load_some<Type>(key + d, size - d);
-                for (int g = 0; g < kGroups; ++g) {
-                    dots[g] = Simd::multiply_add(Simd::load(query[g] + d), part, dots[g]);
-                }
-            }
-            for (int g = 0; g < kGroups; ++g) scores[g][j] = Simd::reduce_add(dots[g]);
-        }
-        float fade[kGroups];
-        for (int g = 0; g < kGroups; ++g) {
-            for (int64_t j = count; j < kTile; ++j) scores[g][j] = -__builtin_inff();
-            Vec most = Simd::load(scores[g]);
-            for (int64_t j = kWidth; j < kTile; j += kWidth) {
-                most = Simd::max(most, Simd::load(scores[g] + j));
-            }
-            const float best = Simd::reduce_max(most);
-            const float now = best > largest[g] ? best : largest[g];
-            // nothing but -inf so far: 0 instead, whose difference to it is no NaN
-            const float base = now == -__builtin_inff() ? 0.0f : now;
-            Vec sum = Simd::fill(0.0f);
-            for (int64_t j = 0; j < kTile; j += kWidth) {
-                const Vec weight = exp_of(Simd::sub(Simd::load(scores[g] + j), Simd::fill(base)));
-                Simd::store(scores[g] + j, weight);
-                sum = Simd::add(sum, weight);
-            }
-            alignas(64) float step[kWidth];
-            Simd::store(step, exp_of(Simd::fill(largest[g] - base)));
-            fade[g] = step[0];
-            total[g] = total[g] * fade[g] + Simd::reduce_add(sum);
-            largest[g] = now;
-        }
-        for (int64_t v = 0; v < vectors; ++v) {
-            const int64_t d = v * kWidth;
-            Vec part[kGroups];
-            for (int g = 0; g < kGroups; ++g) {
-                part[g] = Simd::mul(Simd::load(sums[g] + d), Simd::fill(fade[g]));
-            }
-            const Element* value = values + first * row.value_slot + d;
-            const auto add = [&](int64_t from, int64_t to) {
-                for (int64_t j = from; j < to; ++j, value += row.value_slot) {
-                    const Vec entry = load_some<Type>(value, size - d);
-                    for (int g = 0; g < kGroups; ++g) {
-                        part[g] = Simd::multiply_add(Simd::fill(scores[g][j]), entry, part[g]);
-                    }
-                }
-            };
-            add(0, near);
-            value += row.shift * row.value_slot;
-            add(near, count);
-            for (int g = 0; g < kGroups; ++g) Simd::store(sums[g] + d, part[g]);
-        }
-    }
-    for (int g = 0; g < kGroups; ++g) {
-        auto* const out = static_cast<Element*>(row.out) + (group + g) * size;
-        const Vec whole = Simd::fill(total[g]);
-        for (int64_t d = 0; d < size; d += kWidth) {
-            store_some<Type>(out + d, Simd::div(Simd::load(sums[g] + d), whole), size - d);
-        }
-    }
-}
-
-template <typename Type>
-void attend_of(const QueryRow& row) {
-    static_assert(kMostGroups == 4, "one case for every number of groups");
-    for (int64_t group = 0; group < row.groups; group += kMostGroups) {
-        switch (row.groups - group) {
-            case 1:
-                attend_group<Type, 1>(row, group);
-                break;
-            case 2:
-                attend_group<Type, 2>(row, group);
-                break;
-            case 3:
-                attend_group<Type, 3>(row, group);
-                break;
-            default:
-                attend_group<Type, 4>(row, group);
-        }
-    }
-}
+#include "attend_body.h"
 
 // Calls f with the type that `dtype` names.
 template <typename F>
@@ -284,6 +168,6 @@ void silu_multiply(void* gate, const void* up, Dtype dtype, int64_t count) {
     });
 }
 
-void attend(const QueryRow& row, Dtype dtype) {
-    with_type(dtype, [&](auto type) { attend_of<decltype(type)>(row); });
+void attend(const QueryRows& rows, Dtype dtype) {
+    with_type(dtype, [&](auto type) { attend_of<decltype(type)>(rows); });
 }

@@ -12,6 +12,11 @@ struct Simd {
     static Vec load_f16(const uint16_t* data) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
     }
+    // In a register: gcc would read a vector from memory for each of its uses.
+    static Vec held(Vec x) {
+        asm("" : "+x"(x));
+        return x;
+    }
     static void store(float* data, Vec x) { _mm256_storeu_ps(data, x); }
     static void store_bf16(uint16_t* data, Vec x) {
         const __m256i bits = _mm256_castps_si256(x);
@@ -46,6 +51,11 @@ struct Simd {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+    }
+    // out [kCount]: the sum of each vector.
+    template <int kCount>
+    static void reduce_add_each(const Vec* vectors, float* out) {
+        for (int i = 0; i < kCount; ++i) out[i] = reduce_add(vectors[i]);
     }
     static Vec round(Vec a) {
         return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

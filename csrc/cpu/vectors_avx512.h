@@ -1,6 +1,8 @@
 // fp32 vectors of AVX-512; included inside an anonymous namespace, behind immintrin.h.
 
-struct Simd {
+#include "sums512.h"
+
+struct Simd : Sums512 {
     using Vec = __m512;
     static constexpr int64_t kWidth = 16;
 
@@ -11,6 +13,11 @@ struct Simd {
     }
     static Vec load_f16(const uint16_t* data) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+    }
+    // In a register: gcc would read a vector from memory for each of its uses.
+    static Vec held(Vec x) {
+        asm("" : "+v"(x));
+        return x;
     }
     static void store(float* data, Vec x) { _mm512_storeu_ps(data, x); }
     static void store_bf16(uint16_t* data, Vec x) {
@@ -36,7 +43,6 @@ struct Simd {
     // b where one of them is NaN
     static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
     static float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
-    static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
     static Vec round(Vec a) {
         return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }

@@ -22,6 +22,7 @@ struct Simd {
     static Vec load_f16(const uint16_t* data) {
         return each([&](int64_t i) { return widen_f16(data[i]); });
     }
+    static Vec held(const Vec& x) { return x; }
     static void store(float* data, const Vec& x) { __builtin_memcpy(data, x.lane, sizeof x.lane); }
     static void store_bf16(uint16_t* data, const Vec& x) {
         for (int64_t i = 0; i < kWidth; ++i) data[i] = narrow_bf16(x.lane[i]);
@@ -60,6 +61,11 @@ struct Simd {
         float sum = 0.0f;
         for (float x : a.lane) sum += x;
         return sum;
+    }
+    // out [kCount]: the sum of each vector.
+    template <int kCount>
+    static void reduce_add_each(const Vec* vectors, float* out) {
+        for (int i = 0; i < kCount; ++i) out[i] = reduce_add(vectors[i]);
     }
     // Adding 1.5 * 2^23 leaves no bits behind the point; whatever is larger is masked by the
     // caller.

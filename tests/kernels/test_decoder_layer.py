@@ -178,6 +178,33 @@ def test_against_fp64(backend, device, model, dtype):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("window", [None, 40, 65])
+def test_long_texts_against_fp64(backend, device, window):
+    """Tiles of keys that all rows see whole, and others."""
+    if slow_interpreter(backend, device):
+        pytest.skip("test_against_fp64 has what Triton's interpreter has time for")
+    weights = make_weights(MODELS["more heads than one piece"], torch.float32, device)
+    for guesses, guess_width in ((None, None), (2, 3)):
+        block = make_block(weights, [130, 70, 31], 8, 144, device=device)
+        options = {"window": window, "guess_width": guess_width}
+        with running(OP, backend, device):
+            found = cllm_kernels.decoder_layer(
+                block[0],
+                weights,
+                *block[1:3],
+                *(cache.clone(memory_format=torch.preserve_format) for cache in block[3:5]),
+                block[5],
+                eps=1e-5,
+                guesses_from=guesses,
+                gated_from=8 if guesses is None else guesses,
+                **options,
+            )
+        gated = 8 if guesses is None else guesses
+        wanted = exact(block[0], weights, *block[1:], guesses=gated, gated=gated, **options)
+        check(found, wanted)
+
+
+@everywhere(OP)
 def test_one_rotary_table_for_all_rows(backend, device):
     weights = make_weights(MODELS["whole vectors"], torch.float32, device)
     hidden, cos, sin, keys, values, lengths = make_block(weights, [9, 9], 4, 16, device=device)
@@ -202,10 +229,11 @@ def test_a_rows_bits_are_its_own(dtype, data):
     if OP.choose(torch.device("cpu"), "auto") != "cpp":
         pytest.skip("no C++ kernels")
     model = data.draw(st.sampled_from(list(MODELS.values())), "model")
-    lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3), "lengths")
-    n, window = data.draw(st.integers(1, 9), "n"), data.draw(st.sampled_from([None, 6]), "window")
+    lengths = data.draw(st.lists(st.integers(0, 140), min_size=1, max_size=3), "lengths")
+    n = data.draw(st.integers(1, 9), "n")
+    window = data.draw(st.sampled_from([None, 6, 40, 70]), "window")
     weights = make_weights(model, dtype)
-    block = make_block(weights, lengths, n, 112)
+    block = make_block(weights, lengths, n, 182)
     options = {"eps": 1e-5, "window": window, "gated_from": n}
 
     def run(hidden, cos, sin, keys, values, lengths, **changes):
