@@ -53,13 +53,11 @@ struct Float16 : Float32 {
 };
 
 // Rows of x that one pass takes alone: as many as the registers hold with two rows of the weight,
-// of more than kFewRows no more than L1 holds. What is more goes through in groups of kGroup, or up
-// to two more.
+// of more than kFewRows no more than L1 holds. What is more goes through in groups of up to kGroup.
 constexpr int kAlone = Simd::kAccumulators / 2;
 constexpr int kFewRows = 8;
 constexpr int64_t kAloneBytes = 32 << 10;
-constexpr int kGroup = 4;
-constexpr int kMostInGroup = kGroup + 2;
+constexpr int kGroup = 6;
 
 // Rows of the weight per tile, by rows of x: what the registers hold, where it comes from L2, four
 // at most, whose sums are written by one store. Where it comes from memory few rows at a time are
@@ -214,16 +212,16 @@ void typed_span(const BlockLinear& linear, const BlockLinearInput& input, int64_
     }
     const int64_t row_bytes = linear.weight_stride * sizeof(typename Type::Element);
     const int64_t shared = row_bytes * kShared <= kSharedBytes ? kShared : kShared / 2;
-    const int64_t groups = linear.rows < 2 * kGroup ? 2 : linear.rows / kGroup;
+    const int64_t groups = (linear.rows + kGroup - 1) / kGroup;
     for (int64_t begin = first; begin < last; begin += shared) {
         const int64_t end = begin + shared < last ? begin + shared : last;
         int64_t row = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t next = linear.rows * (g + 1) / groups;
             if (g == 0) {
-                group<Type, Out, true, kMostInGroup>(linear, input, row, next - row, begin, end);
+                group<Type, Out, true, kGroup>(linear, input, row, next - row, begin, end);
             } else {
-                group<Type, Out, false, kMostInGroup>(linear, input, row, next - row, begin, end);
+                group<Type, Out, false, kGroup>(linear, input, row, next - row, begin, end);
             }
             row = next;
         }
