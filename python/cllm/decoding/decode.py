@@ -29,7 +29,7 @@ from .layouts import Layout, choose_layout
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .odds import GuessOdds
-from .output import JacobiOutput
+from .output import JacobiOutput, output_of
 from .pool import GuessPool
 from .positions import check_ended, check_room, limit_rows, position_limit
 from .predict import Predictor, fused_head, only_temperature
@@ -209,7 +209,14 @@ def jacobi_decode(
         check_ended(traits, loop)
         if choice is not None:
             choice.observe(loop.runs, loop.iteration.odds)
-    return _result(loop, generation_config, prompts, lengths, pad_token_id, prefill_seconds)
+    return output_of(
+        loop,
+        prompts,
+        lengths,
+        pad_token_id,
+        prefill_seconds,
+        generation_config.return_dict_in_generate,
+    )
 
 
 def _start(
@@ -377,41 +384,6 @@ def _fed(settings: JacobiConfig, gate: Gate | None) -> tuple[int | None, ...]:
 def _several(settings: JacobiConfig) -> bool:
     """Whether a forward checks several candidates; where nothing is guessed there is one."""
     return settings.candidates > 1 and settings.width > 1
-
-
-def _result(
-    loop: DecodingLoop,
-    generation_config: GenerationConfig,
-    prompts: torch.Tensor,
-    lengths: torch.Tensor,
-    pad_token_id: int,
-    prefill_seconds: float,
-) -> torch.Tensor | JacobiOutput:
-    ends = torch.tensor([row.generated for row in loop.rows], device=prompts.device)
-    sequences = loop.state.sequences[:, : int(ends.max())]
-    columns = torch.arange(sequences.shape[1], device=sequences.device)
-    # a stop string may have cut tokens that were committed already
-    sequences = sequences.masked_fill(columns >= ends[:, None], pad_token_id)
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    iterations = torch.tensor([row.iterations for row in loop.rows])
-    accepted = ends.cpu() - loop.prompt_width
-    trajectories = None
-    if loop.config.record_trajectories:
-        rows = zip(prompts.tolist(), lengths.tolist(), strict=True)
-        trajectories = loop.trajectories([prompt[:length] for prompt, length in rows])
-    return JacobiOutput(
-        sequences=sequences,
-        iterations=iterations,
-        accepted=accepted,
-        forwards=loop.forwards,
-        tokens_per_forward=float(accepted.sum() / iterations.sum().clamp(min=1)),
-        prefill_seconds=prefill_seconds,
-        decode_seconds=loop.seconds,
-        trajectories=trajectories,
-        block_size=loop.config.width,
-        verify_size=loop.iteration.verify,
-    )
 
 
 def right_pad(

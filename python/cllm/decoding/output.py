@@ -8,6 +8,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..trajectory import Trajectory
+from .loop import DecodingLoop
 
 
 @dataclass
@@ -38,3 +39,44 @@ class JacobiOutput(ModelOutput):
     trajectories: list[Trajectory] | None = None
     block_size: int | None = None
     verify_size: int | None = None
+
+
+def output_of(
+    loop: DecodingLoop,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    pad_token_id: int,
+    prefill_seconds: float,
+    whole: bool | None,
+) -> torch.Tensor | JacobiOutput:
+    """What a call returns once its loop has ended.
+
+    Args:
+        prompts, lengths: [B, P], right-padded, and [B].
+        whole: a `JacobiOutput`, not its sequences alone.
+    """
+    ends = torch.tensor([row.generated for row in loop.rows], device=prompts.device)
+    sequences = loop.state.sequences[:, : int(ends.max())]
+    columns = torch.arange(sequences.shape[1], device=sequences.device)
+    # a stop string may have cut tokens that were committed already
+    sequences = sequences.masked_fill(columns >= ends[:, None], pad_token_id)
+    if not whole:
+        return sequences
+    iterations = torch.tensor([row.iterations for row in loop.rows])
+    accepted = ends.cpu() - loop.prompt_width
+    trajectories = None
+    if loop.config.record_trajectories:
+        rows = zip(prompts.tolist(), lengths.tolist(), strict=True)
+        trajectories = loop.trajectories([prompt[:length] for prompt, length in rows])
+    return JacobiOutput(
+        sequences=sequences,
+        iterations=iterations,
+        accepted=accepted,
+        forwards=loop.forwards,
+        tokens_per_forward=float(accepted.sum() / iterations.sum().clamp(min=1)),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=loop.seconds,
+        trajectories=trajectories,
+        block_size=loop.config.width,
+        verify_size=loop.iteration.verify,
+    )
