@@ -78,7 +78,9 @@ def test_a_rows_bits_are_its_own(dtype, data):
     if OP.choose(torch.device("cpu"), "auto") != "cpp":
         pytest.skip("no C++ kernels")
     rows = data.draw(st.integers(1, 40), "rows")
-    width = data.draw(st.integers(1, 200), "width")
+    # rows of x that L1 holds, that it does not, and a weight of which L2 holds few rows
+    widths = st.integers(1, 200) | st.integers(900, 1100) | st.integers(2740, 2780)
+    width = data.draw(widths, "width")
     columns = data.draw(st.integers(1, 150), "columns")
     rank = data.draw(st.sampled_from([1, 8, 24, 31, 33]), "rank")
     given = make(rows, width, columns, rank, dtype, seed=rows + width)
