@@ -44,7 +44,7 @@ CONTEXT = 256
 LLAMA = (4096, 11008, 32, 32, 128, 4)
 CPU = [
     *[(SMOLLM2, rows, CONTEXT) for rows in (1, 4, 8, 16, 32)],
-    *[(SMOLLM2, rows, 2048) for rows in (4, 16)],
+    (SMOLLM2, 4, 2048),
 ]
 GPU = [
     *[(LLAMA, rows, CONTEXT) for rows in (1, 16, 64)],

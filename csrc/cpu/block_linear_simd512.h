@@ -1,9 +1,9 @@
 // The vectors of block_linear's two AVX-512 units; included inside an anonymous namespace, behind
 // immintrin.h.
 
-#include "sums512.h"
+#include "base512.h"
 
-struct Simd : Sums512 {
+struct Simd : Base512 {
     using Vec = __m512;
     static constexpr int64_t kWidth = 16;
     static constexpr int kAccumulators = 24;  // of 32 registers
@@ -28,12 +28,6 @@ struct Simd : Sums512 {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), data));
     }
     static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
-    // In a register.
-    template <typename Data>
-    static Data held(Data x) {
-        asm("" : "+v"(x));
-        return x;
-    }
     // narrow_bf16 of each.
     static void narrow_four(const float* data, uint16_t* out) {
         const __m128 x = _mm_loadu_ps(data);

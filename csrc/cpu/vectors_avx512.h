@@ -1,8 +1,8 @@
 // fp32 vectors of AVX-512; included inside an anonymous namespace, behind immintrin.h.
 
-#include "sums512.h"
+#include "base512.h"
 
-struct Simd : Sums512 {
+struct Simd : Base512 {
     using Vec = __m512;
     static constexpr int64_t kWidth = 16;
 
@@ -13,11 +13,6 @@ struct Simd : Sums512 {
     }
     static Vec load_f16(const uint16_t* data) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
-    }
-    // In a register: gcc would read a vector from memory for each of its uses.
-    static Vec held(Vec x) {
-        asm("" : "+v"(x));
-        return x;
     }
     static void store(float* data, Vec x) { _mm512_storeu_ps(data, x); }
     static void store_bf16(uint16_t* data, Vec x) {

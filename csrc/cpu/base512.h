@@ -1,10 +1,16 @@
-// Sums over the elements of AVX-512 vectors; included inside an anonymous namespace, behind
+// What the AVX-512 vectors of several kernels share; included inside an anonymous namespace, behind
 // immintrin.h.
 #pragma once
 
-struct Sums512 {
+struct Base512 {
     using Vec = __m512;
 
+    // In a register: gcc would read a vector from memory for each of its uses.
+    template <typename Data>
+    static Data held(Data x) {
+        asm("" : "+v"(x));
+        return x;
+    }
     static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
     // out [kCount]: the sum of each vector, to the bit what reduce_add gives, by a third of its
     // instructions where there are many.
