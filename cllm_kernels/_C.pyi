@@ -124,6 +124,16 @@ def row_argmax_cpu(
     value: int,
     threads: int,
 ) -> None: ...
+def rms_norm_cpu(
+    x: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    width: int,
+    eps: float,
+    out: int,
+    threads: int,
+) -> None: ...
 def decoder_layer_cpu(
     addresses: tuple[int, ...],
     ranks: tuple[int, ...],

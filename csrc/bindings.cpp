@@ -77,6 +77,14 @@ void row_argmax_cpu(uintptr_t logits, int dtype, int64_t rows, int64_t inner, in
     cllm::row_argmax_cpu(table, pointer<int64_t>(index), pointer<void>(value), threads);
 }
 
+void rms_norm_cpu(uintptr_t x, uintptr_t weight, int dtype, int64_t rows, int64_t width, float eps,
+                  uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    cllm::rms_norm_cpu(pointer<const void>(x), pointer<const void>(weight),
+                       static_cast<cllm::Dtype>(dtype), rows, width, eps, pointer<void>(out),
+                       threads);
+}
+
 // addresses of x, weight, bias, out, a, b; rows, columns, width, rank; strides of x, weight, out;
 // period and first gated row; whether the weight lies across.
 void block_linear_cpu(const std::array<uintptr_t, 6>& addresses, int dtype, int out_dtype,
@@ -370,6 +378,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("jacobi_step_cpu", jacobi_step(&cllm::jacobi_step_cpu));
     cllm::bind_guesses(module);
     module.def("row_argmax_cpu", &row_argmax_cpu);
+    module.def("rms_norm_cpu", &rms_norm_cpu);
     module.def("block_linear_cpu", &block_linear_cpu);
     module.def("decoder_layer_cpu", &decoder_layer_cpu);
     module.def("decoder_layers_cpu", &decoder_layers_cpu);

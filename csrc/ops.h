@@ -135,6 +135,11 @@ struct Rows {
 // index [rows], value [rows] of the same type as the rows.
 void row_argmax_cpu(const Rows& logits, int64_t* index, void* value, int threads);
 
+// out [rows, width] = x / rms(x) * weight [width], rounded as HuggingFace's LlamaRMSNorm rounds;
+// all of one type and contiguous.
+void rms_norm_cpu(const void* x, const void* weight, Dtype dtype, int64_t rows, int64_t width,
+                  float eps, void* out, int threads);
+
 // What the noise of each row is a function of; the vocabulary index comes on top.
 struct Noise {
     const int64_t* seed;      // [1]: 64 bits of key

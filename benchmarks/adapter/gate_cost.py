@@ -74,7 +74,7 @@ def memory(
 ) -> dict[str, Any]:
     """Bytes of the adapter, which has not run yet, and of the caches of a plain and a gated call of
     n = v."""
-    clock.prepare(2 * n, True)
+    clock.gated(n, n, 1, adapter=False)  # what such forwards keep without one, too
     before = tensor_bytes()
     clock.gated(n, n, 1)
     in_use = tensor_bytes() - before
@@ -87,10 +87,9 @@ def memory(
             model, traits, batch=1, slots=slots, device=ids.device, position_limit=traits.context,
             layout=layout,
         )  # fmt: skip
-        before = tensor_bytes()
         with layout.applied(model):
             forward.prefill(ids[:, :-1], torch.tensor([len(prompt) - 1]))
-        taken = tensor_bytes() - before
+        taken = forward.cache.nbytes
         capacity = forward.plan.capacity
         caches[name] = {
             "slots": slots,

@@ -18,6 +18,12 @@ def _reference() -> Any:
     return reference.rms_norm
 
 
+def _cpp() -> Any:
+    from cllm_kernels.rms_norm import native
+
+    return native.rms_norm_cpu
+
+
 def _triton() -> Any:
     from cllm_kernels.rms_norm import triton_kernel
 
@@ -27,8 +33,8 @@ def _triton() -> Any:
 OP = register(
     Op(
         name="rms_norm",
-        implementations={"reference": _reference, "triton": _triton},
-        preference={"cpu": ("reference",), "cuda": ("triton", "reference")},
+        implementations={"reference": _reference, "cpp": _cpp, "triton": _triton},
+        preference={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     )
 )
 
@@ -37,8 +43,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
 
     Rounded as in HuggingFace's LlamaRMSNorm: mean and quotient in fp32, the quotient rounded to x's
-    dtype, then times the weight and rounded again. In Triton, one launch, a row's result has the
-    same bits beside any other rows, and for any number of them.
+    dtype, then times the weight and rounded again. In C++ and in Triton, one launch, a row's
+    result has the same bits beside any other rows, and for any number of them.
 
     Args:
         x: [..., H] float32, bfloat16 or float16, H >= 1; any strides.

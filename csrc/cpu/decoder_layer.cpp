@@ -13,9 +13,8 @@
 #include "team.h"
 
 namespace cllm {
-namespace {
 
-const DecoderLayerKernels& kernels() {
+const DecoderLayerKernels& decoder_layer_kernels() {
 #if defined(__x86_64__)
     switch (cpu_isa()) {
         case Isa::kAvx512:
@@ -30,11 +29,13 @@ const DecoderLayerKernels& kernels() {
 #endif
 }
 
+namespace {
+
 class Pass {
   public:
     explicit Pass(const DecoderLayer& layer)
         : layer_(layer),
-          kernel_(kernels()),
+          kernel_(decoder_layer_kernels()),
           rows_(layer.batch * layer.n),
           size_(layer.dtype == Dtype::kFloat32 ? 4 : 2) {}
 

@@ -57,4 +57,7 @@ extern const DecoderLayerKernels kDecoderLayerAvx2;
 extern const DecoderLayerKernels kDecoderLayerAvx512;
 #endif
 
+// Those for this CPU.
+const DecoderLayerKernels& decoder_layer_kernels();
+
 }  // namespace cllm

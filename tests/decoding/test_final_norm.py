@@ -1,4 +1,4 @@
-"""A model's final norm through the op, which a GPU's native layers bring along; here on a CPU."""
+"""A model's final norm through the op, which native layers bring along."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import cllm
 import cllm_kernels
-from cllm.decoding import final_norm
+from cllm.decoding import layers
 from cllm.decoding.final_norm import NativeNorm
 from cllm.decoding.graph_key import watched
 from cllm.decoding.layouts import Layout
@@ -36,18 +36,8 @@ def calls(monkeypatch):
     return rows
 
 
-@pytest.fixture
-def everywhere(monkeypatch):
-    monkeypatch.setattr(final_norm, "norm_devices", {"cpu", "cuda"})
-
-
 def untouched(model):
     return all("forward" not in module.__dict__ for module in model.modules())
-
-
-def test_on_a_cpu_nothing_changes(calls):
-    cllm.generate(tiny_model("llama"), **prompts([9]), max_new_tokens=8)
-    assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -55,13 +45,15 @@ def test_on_a_cpu_nothing_changes(calls):
 def test_the_text_is_the_same(family, dtype, calls, monkeypatch):
     model, inputs = copy.deepcopy(tiny_model(family, dtype)), prompts([23, 1, 12])
     settings = {"max_new_tokens": 40, "block_size": 6}
-    wanted = cllm.generate(model, **inputs, **settings)
-    monkeypatch.setattr(final_norm, "norm_devices", {"cpu"})
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_norms", lambda model: [])
+        wanted = cllm.generate(model, **inputs, **settings)
+    assert not calls
     for changes in ({}, {"adapter": random_adapter(family, 0.05), "verify_size": 3}):
         calls.clear()
         out = cllm.generate(model, **inputs, **settings, **changes, return_dict_in_generate=True)
         assert torch.equal(out.sequences, wanted)
-        assert len(calls) >= out.forwards  # and the prompts
+        assert len(calls) >= out.forwards  # and the probe's
         assert untouched(model)
 
 
@@ -95,7 +87,7 @@ def of_another_class(model, heard):
 @pytest.mark.parametrize(
     "change", [hooked, hooked_before, replaced, of_another_class], ids=lambda one: one.__name__
 )
-def test_whoever_changed_the_norm_keeps_it(change, calls, everywhere):
+def test_whoever_changed_the_norm_keeps_it(change, calls):
     model, inputs, heard = copy.deepcopy(tiny_model("llama")), prompts([9, 4]), []
     change(model, heard)
     expected, own = greedy(model, inputs, max_new_tokens=16), model.model.norm.forward
@@ -108,7 +100,7 @@ def test_whoever_changed_the_norm_keeps_it(change, calls, everywhere):
     assert model.model.norm.forward == own
 
 
-def test_the_last_of_several_calls_puts_it_back(calls, everywhere):
+def test_the_last_of_several_calls_puts_it_back(calls):
     model, other = (copy.deepcopy(tiny_model("llama")) for _ in range(2))
     norm = other.model.norm = model.model.norm
     own = norm.forward
@@ -125,7 +117,7 @@ def test_the_last_of_several_calls_puts_it_back(calls, everywhere):
     assert norm.forward == own and untouched(model) and untouched(other)
 
 
-def test_it_is_put_back_after_concurrent_calls(calls, everywhere):
+def test_it_is_put_back_after_concurrent_calls(calls):
     model, inputs = copy.deepcopy(tiny_model("llama")), prompts([9])
     expected = greedy(model, inputs, max_new_tokens=30)
     found = []
@@ -143,7 +135,7 @@ def test_it_is_put_back_after_concurrent_calls(calls, everywhere):
     assert calls and untouched(model)
 
 
-def test_a_hook_that_comes_meanwhile_is_heard_and_all_is_put_back(everywhere):
+def test_a_hook_that_comes_meanwhile_is_heard_and_all_is_put_back():
     model, inputs, heard = copy.deepcopy(tiny_model("llama")), prompts([9]), []
     with NATIVE.applied(model):
         hooked(model, heard)
@@ -151,7 +143,7 @@ def test_a_hook_that_comes_meanwhile_is_heard_and_all_is_put_back(everywhere):
     assert heard and untouched(model)
 
 
-def test_it_is_not_taken_for_somebody_elses(everywhere):
+def test_it_is_not_taken_for_somebody_elses():
     model = copy.deepcopy(tiny_model("llama"))
     with NATIVE.applied(model):
         assert "forward" in model.model.norm.__dict__ and not watched(model)

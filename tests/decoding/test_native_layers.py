@@ -233,7 +233,7 @@ def test_a_forward_is_one_call(family, monkeypatch):
         out = cllm.generate(model, **inputs, **settings, **changes)
         monkeypatch.undo()
         assert torch.equal(out.sequences, expected)
-        assert calls == {"decoder_layer": 0, "decoder_layers": out.forwards}
+        assert calls == {"decoder_layer": 0, "decoder_layers": out.forwards + 1}  # the prompts
 
 
 def stopped_early(model):

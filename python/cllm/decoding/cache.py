@@ -321,7 +321,7 @@ class RaggedCache(Cache):
         # called without arguments for every layer that the model turns out to have
         super().__init__(layer_class_to_replicate=partial(RaggedLayer, plan))  # type: ignore[arg-type]
         self.plan = plan
-        self.stack: Any = None  # `layers.LayerStack` of native layers over this cache
+        self.stack: Any = None  # `stack.LayerStack` of native layers over this cache
 
     def layer(self, index: int) -> RaggedLayer:
         """The layer of this index, made where it is not there yet."""

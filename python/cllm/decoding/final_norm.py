@@ -1,7 +1,7 @@
-"""A model's final norm through `cllm_kernels.rms_norm`, around native decoder layers on a GPU.
+"""A model's final norm through `cllm_kernels.rms_norm`, around native decoder layers.
 
 torch's mean adds up a row in an order that depends on how many rows stand beside it, so that in 16
-bits a token's bits change with the block size; and the module's forward is eight launches.
+bits a token's bits change with the block size; and the module's forward is eight operations.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import torch
 
 import cllm_kernels
 from cllm_kernels._common import FLOAT_DTYPES
-
-# Where the op has a kernel. On a CPU it is torch's own operations, as the module is.
-norm_devices = {"cuda"}
 
 
 class NativeNorm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from .masks import block_mask, chains_mask, window_mask
 from .prefill import padded, padded_width
 from .storage import storage_for
 from .support import ModelTraits
+from .walk import Walk, walks
 
 if TYPE_CHECKING:
     from .layouts import Layout
@@ -68,6 +71,8 @@ class BlockForward:
             for kind, size in traits.mask_kinds.items()
             if self.plan.handed
         }
+        self._walk = Walk(position_limit) if walks(model, layout.attention) else None
+        self._columns: dict[tuple[int, int], torch.Tensor] = {}
         self._call: dict[str, Any] = {traits.cache_argument: self.cache, "use_cache": True}
 
     def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -77,6 +82,8 @@ class BlockForward:
             input_ids: [B, P], row b holding its tokens at ``0 .. lengths[b] - 1``.
             lengths: [B].
         """
+        if self._walk is not None and self._walk.prefill(self.model, self.cache, input_ids):
+            return
         input_ids = padded(input_ids, self.prefill_width(input_ids) or input_ids.shape[1])
         width = input_ids.shape[1]
         self.plan.start_prefill(width)
@@ -115,15 +122,16 @@ class BlockForward:
         """
         width = tokens.shape[1]
         self.plan.start_window(lengths, host_lengths, width)
-        positions = lengths[:, None] + torch.arange(width, device=tokens.device)
-        if self.plan.right_aligned:
-            masks: Any = self.plan.key_mask(lengths)
-        else:
-            masks = self.block_masks or {
+
+        def masks(positions: torch.Tensor) -> Any:
+            if self.plan.right_aligned:
+                return self.plan.key_mask(lengths)
+            return self.block_masks or {
                 kind: window_mask(positions, self.plan.view, kind, size, self.mask_dtype)
                 for kind, size in self.traits.mask_kinds.items()
             }
-        return self._logits(tokens, positions, masks)
+
+        return self._logits(tokens, self._offsets(width, width), masks)
 
     def gated_window(
         self, tokens: torch.Tensor, verify: int, lengths: torch.Tensor, host_lengths: list[int]
@@ -146,13 +154,9 @@ class BlockForward:
         self.plan.start_window(
             lengths, host_lengths, verify + width, guesses_from=verify, unsure_from=verify
         )
-        columns = torch.arange(width, device=tokens.device)
-        positions = lengths[:, None] + torch.cat([columns[:verify], columns])
-        masks = self.block_masks or {
-            kind: chains_mask(positions, verify, width, self.plan.view, kind, size, self.mask_dtype)
-            for kind, size in self.traits.mask_kinds.items()
-        }
-        return self._logits(torch.cat([tokens[:, :verify], tokens], dim=1), positions, masks)
+        twice = torch.cat([tokens[:, :verify], tokens], dim=1)
+        offsets = self._offsets(verify, verify + width)
+        return self._logits(twice, offsets, partial(self._chains, verify, width))
 
     def candidate_windows(
         self,
@@ -182,14 +186,31 @@ class BlockForward:
             guess_width=width,
             unsure_from=None if checked is None else checked * width,
         )
-        columns = torch.arange(width, device=tokens.device).repeat(count)
-        positions = lengths[:, None] + columns
-        masks = self.block_masks or {
-            kind: chains_mask(positions, width, width, self.plan.view, kind, size, self.mask_dtype)
+        offsets = self._offsets(width, count * width)
+        given = self._logits(tokens.flatten(1), offsets, partial(self._chains, width, width))
+        return given.view(batch, count, width, -1)
+
+    def _offsets(self, first: int, rows: int) -> torch.Tensor:
+        """[rows]: how far each row's token stands behind the first one of its window, in windows
+        for the same places: one of `first` rows, then others."""
+        key = first, rows
+        found = self._columns.get(key)
+        if found is None:
+            found = torch.arange(rows, device=self.plan.device)
+            if rows > first:
+                width = self.plan.guess_width or rows - first
+                found = torch.cat([found[:first], found[: rows - first] % width])
+            if self.plan.device.type == "cpu":  # a captured one is in the memory of its capture
+                self._columns[key] = found
+        return found
+
+    def _chains(self, first: int, others: int, positions: torch.Tensor) -> dict[str, Any]:
+        """Masks of windows for the same places, by layer type: of `first` rows, then of `others`
+        each."""
+        return self.block_masks or {
+            kind: chains_mask(positions, first, others, self.plan.view, kind, size, self.mask_dtype)
             for kind, size in self.traits.mask_kinds.items()
         }
-        given = self._logits(tokens.flatten(1), positions, masks)
-        return given.view(batch, count, width, -1)
 
     def keep(self, lengths: torch.Tensor, candidate: torch.Tensor, width: int) -> None:
         """Put keys and values of one candidate of the latest `candidate_windows` where a window's
@@ -208,10 +229,24 @@ class BlockForward:
         target = lengths[:, None] + torch.arange(1, width, device=lengths.device)
         self.cache.move(target + candidate[:, None] * width, target)
 
-    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
-        """The public forward, up to the head if there is one; `masks` is the 2D mask, or 4D masks
-        by layer type."""
-        call = self._arguments(tokens, positions, masks)
+    def _logits(
+        self,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        masks: Callable[[torch.Tensor], Any],
+    ) -> torch.Tensor:
+        """The public forward, up to the head if there is one, or what stands for it.
+
+        Args:
+            tokens: [B, rows].
+            offsets: [rows] of `_offsets`.
+            masks: makes of positions [B, rows] the 2D mask, or 4D masks by layer type.
+        """
+        if self._walk is not None:
+            hidden = self._walk.hidden_states(self.model, self.cache, tokens, offsets)
+            if hidden is not None:
+                return hidden if self.head is not None else self.model.lm_head(hidden)
+        call = self._arguments(tokens, offsets, masks)
         if self.head is None:
             given = self.model(**call).logits
         else:
@@ -221,13 +256,19 @@ class BlockForward:
         self.plan.check_taken()
         return given
 
-    def _arguments(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> dict:
-        """Of the public forward; `masks` as in `_logits`."""
-        call = dict(self._call, input_ids=tokens)
-        if isinstance(masks, dict):
-            call["attention_mask"] = masks if self.traits.mask_dict else next(iter(masks.values()))
-        else:
-            call["attention_mask"] = masks
+    def _arguments(
+        self,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        masks: Callable[[torch.Tensor], Any],
+    ) -> dict:
+        """Of the public forward; arguments as of `_logits`."""
+        assert self.plan.lengths is not None
+        positions = self.plan.lengths[:, None] + offsets
+        call, mask = dict(self._call, input_ids=tokens), masks(positions)
+        if isinstance(mask, dict) and not self.traits.mask_dict:
+            mask = next(iter(mask.values()))
+        call["attention_mask"] = mask
         if self.traits.takes_positions:
             if self.position_limit is not None:
                 positions = positions.clamp(max=self.position_limit - 1)

@@ -95,15 +95,20 @@ class CompiledForward(BlockForward):
         """As `BlockForward.prefill_width`: prompts are not compiled, and so not padded."""
         return None
 
-    def _logits(self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
+    def _logits(
+        self,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        masks: Callable[[torch.Tensor], Any],
+    ) -> torch.Tensor:
         # a prompt of one token has left no storage yet
         if not self._compiles or not len(self.cache):
-            return self._uncompiled(tokens, positions, masks)
+            return self._uncompiled(tokens, offsets, masks)
         if self._seen is None:
             self._seen = _SeenCache(self.cache)
         assert self.plan.slots is not None
         self._seen.at(self.plan.slots)
-        call = self._arguments(tokens, positions, masks)
+        call = self._arguments(tokens, offsets, masks)
         call[self.traits.cache_argument] = self._seen
         key = tokens.shape, self.plan.capacity, self._seen.shapes, self.model.dtype
         run = _compiled(self.model, (*key, torch.get_num_threads()))
@@ -115,13 +120,16 @@ class CompiledForward(BlockForward):
                 _warn(self.model, _reason(failure))
         self._compiles = False
         # what a failed one wrote is written again, to the same slots
-        return self._uncompiled(tokens, positions, masks)
+        return self._uncompiled(tokens, offsets, masks)
 
     def _uncompiled(
-        self, tokens: torch.Tensor, positions: torch.Tensor, masks: Any
+        self,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        masks: Callable[[torch.Tensor], Any],
     ) -> torch.Tensor:
         with block_linears(self.model):
-            return super()._logits(tokens, positions, masks)
+            return super()._logits(tokens, offsets, masks)
 
 
 # What compiling fails with: dynamo's and inductor's own errors are RuntimeErrors, the others come

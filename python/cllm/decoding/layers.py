@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 import cllm_kernels
-from cllm_kernels import DecoderStack, DecoderWeights, current_backend
+from cllm_kernels import DecoderWeights, current_backend
 from cllm_kernels.decoder_layer import OP
 from cllm_kernels.decoder_layer.weights import LINEARS
 
-from ..linears import MOST_ROWS, active_terms, changes, fusable, gates
+from ..linears import MOST_ROWS, active_terms, fusable
 from . import final_norm
-from .cache import BlockPlan, RaggedCache
+from .cache import RaggedCache
 from .masks import CHUNKED
+from .stack import LayerStack, check_rows
 from .support import ModelTraits
 
 # transformers' families whose decoder layer is that of `decoder_layer`, by the modules' own names:
@@ -124,7 +125,7 @@ def _norms(model: Any) -> list[Any]:
     it; else nothing."""
     norm: Any = getattr(model.model, "norm", None)
     family = type(model).__name__.removesuffix("ForCausalLM")
-    if model.device.type not in final_norm.norm_devices or not _is(norm, family, "RMSNorm"):
+    if not _is(norm, family, "RMSNorm"):
         return []
     plain = type(norm.weight) is torch.nn.Parameter
     return [norm] if plain and untouched(norm) else []
@@ -133,9 +134,9 @@ def _norms(model: Any) -> list[Any]:
 @contextmanager
 def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
     """Let the decoder layers of `model` run as `decoder_layer` over the windows of a `RaggedCache`,
-    for a while; on a CPU the first of them runs all, and the others hand on what it gave. Prompts,
-    and forwards without such a cache, go through the layers' own forward. On a GPU the final norm
-    runs as `rms_norm`, in every forward.
+    for a while; on a CPU the first of them runs all, and the others hand on what it gave. Forwards
+    without such a cache go through the layers' own forward. The final norm runs as `rms_norm`, in
+    every forward.
 
     The last concurrent call to leave puts the modules' own forward back.
     """
@@ -224,7 +225,7 @@ class NativeLayer:
         assert plan.lengths is not None
         cos, sin = kwargs["position_embeddings"]
         if self.index == 0:
-            stack = cache.stack = self._stack(cache)
+            stack = self.stack(cache)
             if stack is not None:
                 return stack(hidden_states, cos, sin, cache)
         elif cache.stack is not None and self in cache.stack:
@@ -261,13 +262,14 @@ class NativeLayer:
         if [self.layer, *(native.layer for native in self.others)] != layers:
             self.others = ()
 
-    def _stack(self, cache: RaggedCache) -> LayerStack | None:
-        """What runs all layers over this cache, if this layer is to do so."""
+    def stack(self, cache: RaggedCache) -> LayerStack | None:
+        """What runs all layers over this cache, if this layer is to do so; the cache keeps it."""
+        stack: LayerStack | None = cache.stack
         if not self.others:
-            return None
-        stack = cache.stack
-        if stack is None or stack.first is not self or stack.outdated():
-            return LayerStack((self, *self.others), cache.plan)
+            stack = None
+        elif stack is None or stack.first is not self or stack.outdated():
+            stack = LayerStack((self, *self.others), cache.plan)
+        cache.stack = stack
         return stack
 
     def caches(self, cache: RaggedCache, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,7 +282,7 @@ class NativeLayer:
         """The weights with the low-rank terms of this thread's forward over `shape` tokens, and the
         first row that gets those."""
         terms, rows = active_terms(self.linears)
-        _check_rows(rows, shape)
+        check_rows(rows, shape)
         weights = self._weights.get(terms)
         if weights is None:
             weights = self._weights[terms] = self._made(terms)
@@ -311,82 +313,4 @@ class NativeLayer:
                 None if linear.bias is None else linear.bias.detach() for linear in self.linears
             ],
             low_rank=[None if term is None else term.low_rank for term in terms],
-        )
-
-
-def _check_rows(rows: tuple[int, int, int] | None, shape: torch.Size) -> None:
-    if rows is not None and rows[1:] != tuple(shape):
-        raise RuntimeError(
-            f"an adapter is on for forwards over [{rows[1]}, {rows[2]}] tokens, but a decoder "
-            f"layer was given {list(shape)}"
-        )
-
-
-class LayerStack:
-    """All decoder layers of a model over one cache, as one call.
-
-    Weights, caches and terms of thirty layers take milliseconds to look up; here that is done when
-    one of them has changed.
-
-    Attributes:
-        latest: what this forward's call gave, until the last layer has handed it on: a layer that
-            is handed this has been run already.
-    """
-
-    def __init__(self, natives: tuple[NativeLayer, ...], plan: BlockPlan):
-        self.latest: torch.Tensor | None = None
-        self.first, self.last = natives[0], natives[-1]
-        self._natives = natives
-        self._members = frozenset(natives)
-        # not the cache: it has this, and a cycle would keep its memory for long
-        self._plan = plan
-        self._capacity = plan.capacity
-        self._changes = changes()
-        self._gates = gates(linear for native in natives for linear in native.linears)
-        # by the gates that are open
-        self._stacks: dict[tuple[Any, ...], DecoderStack] = {}
-
-    def __contains__(self, native: NativeLayer) -> bool:
-        return native in self._members
-
-    def outdated(self) -> bool:
-        """Whether the cache has grown, or an adapter has come or gone."""
-        return self._capacity != self._plan.capacity or self._changes != changes()
-
-    def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: RaggedCache
-    ) -> torch.Tensor:
-        """hidden [B, n, H], cos and sin [B or 1, n, D] -> [B, n, H]."""
-        plan, opened = self._plan, {gate: rows for gate in self._gates if (rows := gate())}
-        assert plan.lengths is not None
-        if len(set(opened.values())) > 1:
-            raise RuntimeError("several adapters are on in one forward of the decoder layers")
-        rows = next(iter(opened.values()), None)
-        _check_rows(rows, hidden.shape[:2])
-        key = tuple(opened)
-        stack = self._stacks.get(key)
-        if stack is None:
-            stack = self._stacks[key] = self._made(hidden, cache)
-        self.latest = cllm_kernels.decoder_layers(
-            hidden,
-            stack,
-            cos,
-            sin,
-            plan.lengths,
-            guesses_from=plan.guesses_from,
-            guess_width=plan.guess_width,
-            gated_from=None if rows is None else rows[0],
-        )
-        return self.latest
-
-    def _made(self, hidden: torch.Tensor, cache: RaggedCache) -> DecoderStack:
-        natives = self._natives
-        caches = [native.caches(cache, hidden) for native in natives]
-        return DecoderStack(
-            [native.with_terms(hidden.shape[:2])[0] for native in natives],
-            [keys for keys, _ in caches],
-            [values for _, values in caches],
-            eps=self.first.eps,
-            scale=self.first.scale,
-            windows=[native.window for native in natives],
         )
