@@ -56,7 +56,8 @@ def test_a_full_window_is_counted_exactly(runs, size):
     assert 1 <= known.tokens_per_forward(2) <= known.tokens_per_forward(40) <= 40
 
 
-def test_an_ended_text_says_nothing_of_the_guess_behind_it():
+def test_an_ended_text_says_nothing_of_the_guess_behind_it(monkeypatch):
+    monkeypatch.setattr(auto, "_MEMORY", 1e6)  # for the prior to count for little in both
     known, cut = Acceptance(), Acceptance()
     known.add(Counter({(3, False): 100}), 8)
     cut.add(Counter({(3, False): 100, (3, True): 300}), 8)
@@ -72,10 +73,37 @@ def test_dear_widths_are_not_tried():
         asked.append(size)
         return float(size)
 
-    assert timed(run, (1, 2, 4, 8, 16)) == {1: 1, 2: 2, 4: 4}
+    assert timed((run, (1, 2, 4, 8, 16))) == [{1: 1, 2: 2, 4: 4}]
     assert set(asked) == {1, 2, 4}
     times = iter([5.0, 9.0, 1.0, 9.0, 2.0, 3.0])
-    assert timed(lambda size: next(times), (1, 2)) == {1: 1.0, 2: 3.0}
+    assert timed((lambda size: next(times), (1, 2))) == [{1: 1.0, 2: 3.0}]
+
+
+def test_ladders_are_timed_in_turn():
+    """A machine that slows down meanwhile slows all down; each is cut off beside one row."""
+    order = []
+
+    def ladder(name, each):
+        def run(size):
+            order.append((name, size))
+            return each * size + len(order) / 100
+
+        return run
+
+    plain, gated = timed((ladder("plain", 1), (1, 2)), (ladder("gated", 2), (1, 2, 4)))
+    assert list(plain) == [1, 2] and list(gated) == [1, 2]
+    assert order == 3 * [("plain", 1), ("plain", 2), ("gated", 1), ("gated", 2)]
+    assert plain[1] == 1.01 and gated[1] == 2.03
+
+
+def test_an_adapter_is_timed_beside_plain_windows_anew(costs):
+    model, adapter = fresh_model("qwen3"), random_adapter("qwen3", 0.05)
+    costs["plain"] = lambda size: 1.0
+    chosen(model)
+    costs["plain"] = lambda size: 20.0  # the machine is slower by now
+    costs["gated"] = lambda size: 10.0
+    assert chosen(model, adapter=adapter)[1] is not None
+    assert set(next(iter(auto._known[model].seconds.values())).values()) == {20.0}
 
 
 @pytest.fixture
@@ -83,9 +111,12 @@ def costs(monkeypatch):
     """Seconds of forwards that a test sets, in the place of the clock's."""
     given = {"plain": lambda size: 1.0, "gated": lambda size: 10.0}
 
-    def instead(run, sizes, one=None):
-        kind = "plain" if next(iter(sizes)) == 1 else "gated"
-        return {size: given[kind](size) for size in sizes}
+    def instead(*ladders):
+        kinds = ["plain" if next(iter(sizes)) == 1 else "gated" for _, sizes in ladders]
+        return [
+            {size: given[kind](size) for size in sizes}
+            for kind, (_, sizes) in zip(kinds, ladders, strict=True)
+        ]
 
     monkeypatch.setattr(auto, "timed", instead)
     return given

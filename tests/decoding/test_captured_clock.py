@@ -20,11 +20,11 @@ from .tiny_models import prompts, tiny_model
 def test_an_automatic_window_goes_by_captured_forwards(played, monkeypatch):  # noqa: F811
     timed = []
 
-    def instead(run, sizes, one=None):
-        sizes = list(sizes)
+    def instead(ladder):
+        run, sizes = ladder
         timed.append(sizes)
         run(sizes[1])
-        return {size: 1 + 0.01 * size for size in sizes}
+        return [{size: 1 + 0.01 * size for size in sizes}]
 
     monkeypatch.setattr(auto, "timed", instead)
     model, inputs = fresh(), prompts([9, 4])

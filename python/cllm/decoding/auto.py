@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _ROUNDS = 3
 # what is believed before anything is seen, and how many guesses that is worth
 _PRIOR, _PRIOR_WEIGHT = 0.5, 4.0
 # most guesses that are remembered of a place: texts change
-_MEMORY = 512.0
+_MEMORY = 128.0
 # where nothing is guessed nothing is learnt, so what is known is worth less call by call
 _FADE = 0.9
 
@@ -169,11 +170,11 @@ def choose(
         settings.fill,
         sampled,
     )
+    guessers = (None,) if adapter is None else (None, adapter)
+    costs = _seconds(known, model, guessers, prompt, batch, context, settings)
     options = []
-    for who in (None, adapter) if adapter is not None else (None,):
-        name = None if who is None else (who.parameters, who.ranks)
-        acceptance = known.acceptance.setdefault((name, *guesser), Acceptance())
-        seconds = _seconds(known, model, who, name, prompt, batch, context, settings)
+    for who, seconds in zip(guessers, costs, strict=True):
+        acceptance = known.acceptance.setdefault((_name(who), *guesser), Acceptance())
         for size, cost in seconds.items():
             if size <= max(1, new_tokens):
                 rate = acceptance.tokens_per_forward(size) / cost
@@ -184,33 +185,43 @@ def choose(
     return Choice(chosen, gated, acceptance)
 
 
+def _name(adapter: GatedAdapter | None) -> tuple | None:
+    return None if adapter is None else (adapter.parameters, adapter.ranks)
+
+
 def _seconds(
     known: _Known,
     model: Any,
-    adapter: GatedAdapter | None,
-    name: tuple | None,
+    guessers: Sequence[GatedAdapter | None],
     prompt: Sequence[int],
     batch: int,
     context: int | None,
     settings: JacobiConfig,
-) -> dict[int, float]:
+) -> list[dict[int, float]]:
+    """Of each of `guessers`, seconds of a forward by size. Where one of them is new all are timed,
+    in turn: they stand against each other, and a machine is not as fast at one time as at another.
+    """
     device = model.get_input_embeddings().weight.device
     bucket = (batch - 1).bit_length()
     compile = _coming(model, device, settings)
-    key = (str(device), model.dtype, bucket, compile != "off", name)
-    if key not in known.seconds:
-        every = PLAIN if adapter is None else GATED
-        sizes = [size for size in every if context is None or size <= context]
-        clock = ForwardClock(
-            model, prompt, 2 * sizes[-1], adapter, batch=1 << bucket, compile=compile
-        )
-        one = known.seconds.get((*key[:4], None), {}).get(1)
+    keys = [
+        (str(device), model.dtype, bucket, compile != "off", _name(adapter)) for adapter in guessers
+    ]
+    if any(key not in known.seconds for key in keys):
+        ladders = []
+        for adapter in guessers:
+            every = PLAIN if adapter is None else GATED
+            sizes = [size for size in every if context is None or size <= context]
+            clock = ForwardClock(
+                model, prompt, 2 * sizes[-1], adapter, batch=1 << bucket, compile=compile
+            )
+            ladders.append((partial(_forward, clock, adapter is not None), sizes))
+        known.seconds.update(zip(keys, timed(*ladders), strict=True))
+    return [known.seconds[key] for key in keys]
 
-        def run(size: int) -> float:
-            return clock.plain(size, 1) if adapter is None else clock.gated(size, size, 1)
 
-        known.seconds[key] = timed(run, sizes, one)
-    return known.seconds[key]
+def _forward(clock: ForwardClock, gated: bool, size: int) -> float:
+    return clock.gated(size, size, 1) if gated else clock.plain(size, 1)
 
 
 def _coming(model: Any, device: Any, settings: JacobiConfig) -> Compile | None:
@@ -224,22 +235,28 @@ def _coming(model: Any, device: Any, settings: JacobiConfig) -> Compile | None:
 
 
 def timed(
-    run: Callable[[int], float], sizes: Iterable[int], one: float | None = None
-) -> dict[int, float]:
-    """Seconds of a forward by its size, the best of a few: warming up and what else runs only
-    ever add.
+    *ladders: tuple[Callable[[int], float], Iterable[int]],
+) -> list[dict[int, float]]:
+    """Seconds of forwards by their size, the best of a few: warming up and what else runs only ever
+    add.
 
     Args:
-        run: times a forward.
-        sizes: ascending; no more are tried behind one that is too dear to pay.
-        one: seconds of one row, if they are known; else those of the first size.
+        ladders: what times a forward, and sizes, ascending; no more are tried behind one that is
+            too dear to pay, beside the first of all.
+
+    Returns:
+        One for each ladder.
     """
-    found: dict[int, float] = {}
-    for size in sizes:
-        found[size] = run(size)
-        if found[size] > _DEAREST * (one or found[min(found)]):
-            break
+    every: list[dict[int, float]] = []
+    for run, sizes in ladders:
+        found: dict[int, float] = {}
+        every.append(found)
+        for size in sizes:
+            found[size] = run(size)
+            if found[size] > _DEAREST * next(iter(every[0].values())):
+                break
     for _ in range(_ROUNDS - 1):  # all in turn
-        for size in found:
-            found[size] = min(found[size], run(size))
-    return found
+        for (run, _), found in zip(ladders, every, strict=True):
+            for size in found:
+                found[size] = min(found[size], run(size))
+    return every
