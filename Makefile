@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
 
-.PHONY: demo train-tiny test test-slow test-oldest test-gpu lint format bench bench-decoding bench-tiny bench-kernels bench-step clean
+.PHONY: demo train-tiny test test-slow test-all test-oldest test-gpu lint format bench bench-decoding bench-tiny bench-kernels bench-step clean
 
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ test: $(VENV)/.ready
 # the rest: Triton's interpreter, real weights, several processes, training from scratch, benchmarks
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+
+# both in one run, the long ones first
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # on a machine with a GPU: the tests for it, compute-sanitizer, a dated record (exit 2: no GPU)
 test-gpu: $(VENV)/.ready

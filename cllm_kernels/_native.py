@@ -33,7 +33,8 @@ def build_info() -> dict[str, Any]:
     Returns a dict: `cpu`, `openmp`, `cuda` (bool), `cuda_archs` (list such as ["sm_80", "sm_90"]),
     `cpu_reason`, `openmp_reason`, `cuda_reason` (one line, or None where the part was built),
     `loaded` (whether the native module works in this process), `isa` ("avx512", "avx2", "scalar" or
-    None: what the CPU kernels use on this machine) and, after a build, `compiler`.
+    None: what the CPU kernels use on this machine), `bf16_dot` (whether they multiply bfloat16
+    without widening it, in VDPBF16PS) and, after a build, `compiler`.
     """
     info: dict[str, Any] = {
         "cpu": False,
@@ -50,7 +51,13 @@ def build_info() -> dict[str, Any]:
         info["cpu_reason"] = _load_error or "the native module was built but has been removed"
     info["loaded"] = _module is not None
     info["isa"] = _module.isa() if _module is not None else None
+    info["bf16_dot"] = bf16_dot()
     return info
+
+
+def bf16_dot() -> bool:
+    """Whether the CPU kernels multiply bfloat16 as it is here, so that few rows cost about one."""
+    return _module is not None and _module.bf16_dot()
 
 
 def native_module() -> Any:

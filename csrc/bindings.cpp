@@ -392,6 +392,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("block_mask_cpu", &block_mask_cpu);
     module.def("block_unsafe_cpu", &block_unsafe_cpu);
     module.def("isa", &isa_name);
+    module.def("bf16_dot", &cllm::cpu_has_bf16_dot);
 #ifdef _OPENMP
     module.def("openmp_threads", [] { return omp_get_max_threads(); });
 #else

@@ -123,7 +123,7 @@ def main() -> None:
         "--batch", type=batch, action="append", metavar="SIZE[:MOST]",
         help="batch size, and the most batches of a task; default 1, over all prompts",
     )  # fmt: skip
-    parser.add_argument("--block-size", type=int, default=4, help="n where it is not automatic")
+    parser.add_argument("--block-size", type=int, help="n where it is not automatic")
     parser.add_argument("--limit", type=int, default=8, help="prompts of a task")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 import cllm
+from cllm.decoding import config as config_module
 from cllm.decoding.support import check_model
 
 from .tiny_models import VOCAB, fresh_model, prompts, tiny_model
@@ -203,3 +204,19 @@ def test_the_block_size_that_nobody_named(changes, device, batch, size):
         tiny_model("llama"), **prompts([3]), max_new_tokens=8, return_dict_in_generate=True
     )
     assert found.block_size == 4
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_wider_windows_where_bfloat16_is_multiplied_as_it_is(has, monkeypatch):
+    monkeypatch.setattr(config_module, "bf16_dot", lambda: has)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    size = 6 if has else 4
+    assert cllm.JacobiConfig().on("cpu", 1, dtype=bf16).width == size
+    assert cllm.JacobiConfig().on("cpu", 2, dtype=bf16).width == 4
+    assert cllm.JacobiConfig().on("cpu", 1, dtype=fp16).width == 4
+    assert cllm.JacobiConfig().on("cpu", 1, gated=True, dtype=bf16).width == 4
+    assert cllm.JacobiConfig(candidates=2).on("cpu", 1, dtype=bf16).width == 4
+    assert cllm.JacobiConfig().on("cuda", 1, dtype=bf16).width == 16
+    model = tiny_model("llama", torch.bfloat16)
+    found = cllm.generate(model, **prompts([3]), max_new_tokens=8, return_dict_in_generate=True)
+    assert found.block_size == size

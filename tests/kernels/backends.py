@@ -24,10 +24,11 @@ def everywhere(op: Op) -> Any:
     "triton-cpu" is Triton's interpreter: test_other_paths.py runs it in a process of its own.
     """
     no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+    compiled = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")
+    marks = {pair: [pytest.mark.gpu, no_gpu] for pair in CANDIDATES if pair[1] == "cuda"}
+    marks["triton", "cpu"] = [compiled]
     parameters = [
-        pytest.param(
-            *pair, id="-".join(pair), marks=[pytest.mark.gpu, no_gpu] if pair[1] == "cuda" else []
-        )
+        pytest.param(*pair, id="-".join(pair), marks=marks.get(pair, ()))
         for pair in CANDIDATES
         if pair[0] in op.implementations
     ]

@@ -29,7 +29,7 @@ class Setup:
         adapter: of the gated contenders, or None.
         draft: folder or hub id of a smaller model with the same tokenizer, or None.
         cllm_weights: folder or hub id of a consistency LLM of the same base, or None.
-        block_size: n where it is not chosen automatically.
+        block_size: n where it is not chosen automatically; None: the default of each contender.
         longest: most tokens of a prompt and its text, for caches of fixed size.
     """
 
@@ -39,7 +39,7 @@ class Setup:
     adapter: str | None
     draft: str | None
     cllm_weights: str | None
-    block_size: int
+    block_size: int | None
     longest: int
 
 

@@ -81,7 +81,7 @@ def bench(
         typer.Option(
             "--block-size",
             min=1,
-            help="n of our contenders that do not choose it.  [default: 4 on a CPU, else 16]",
+            help="n of our contenders that do not choose it.  [default: that of each of them]",
             show_default=False,
         ),
     ] = None,
@@ -131,7 +131,6 @@ def bench(
     from ..bench.comparison import Comparison, Plan
     from ..bench.contenders import Setup
     from ..bench.tasks import Kept, Task
-    from ..decoding import JacobiConfig
     from ..evaluation import encode_prompts
     from ..prompts import shipped_prompts
 
@@ -139,8 +138,6 @@ def bench(
     # contenders compile and tune themselves before anything counts, on prompts that do not
     warm_up = encode_prompts(loaded.model, loaded.tokenizer, shipped_prompts()[-_WARM_UP:])
     task = Task(_TASK, encoded + warm_up, None, max_new_tokens)
-    if block_size is None:
-        block_size = JacobiConfig().on(loaded.model.device.type, 1).width
     setup = Setup(
         loaded.model.config.name_or_path,
         dtype.value,

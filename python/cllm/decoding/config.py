@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+import torch
+
+from cllm_kernels._native import bf16_dot
 from cllm_kernels.guess_candidates import MOST as MOST_CANDIDATES
 
 from ..fill import Fill
@@ -29,7 +32,8 @@ class JacobiConfig:
 
     Attributes:
         block_size: ``n``, the tokens in a window, and the rows of a forward over one. ``None``: 4
-            on a CPU, where rows cost time, in batches of more than 2 fewer (`on`); else 16.
+            on a CPU, where rows cost time, 6 in bfloat16 where the CPU multiplies it as it is, in
+            batches fewer (`on`); else 16.
             ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
             call of a model, device and batch size) and by how often guesses have been right in the
             calls so far; 1 where nothing else pays. With an adapter it is also chosen whether to
@@ -198,12 +202,23 @@ class JacobiConfig:
             )
         return self.block_size
 
-    def on(self, device: str, batch: int, gated: bool = False) -> JacobiConfig:
-        """These settings with the block size that ``None`` stands for on this type of device, for a
-        batch of so many rows; `gated`: an adapter guesses, who needs a place to guess for."""
+    def on(
+        self, device: str, batch: int, gated: bool = False, dtype: torch.dtype | None = None
+    ) -> JacobiConfig:
+        """These settings with the block size that ``None`` stands for.
+
+        Args:
+            device: its type.
+            batch: rows.
+            gated: an adapter guesses, who needs a place to guess for.
+            dtype: of the model; None: not known.
+        """
         if self.block_size is not None:
             return self
         size = _CPU_WINDOW if device == "cpu" else _WINDOW
+        alone = not gated and self.candidates == 1 and self.mode == "sliding"
+        if device == "cpu" and alone and dtype is torch.bfloat16 and bf16_dot():
+            size = _CPU_WINDOW_BF16
         if device == "cpu" and self.mode == "sliding" and not (gated or self.record_trajectories):
             size = min(size, max(1, _CPU_ROWS // batch))
             if self.candidates > 1:  # somebody wants more rows than these
@@ -250,9 +265,11 @@ class JacobiConfig:
 
 
 _LOOKUP = 8
-# By what was measured (docs/performance.md). On a CPU four are fastest alone, and in batches of 4
-# and 16 one is, or nearly; on a GPU sixteen rows cost a large model little more than one.
+# By what was measured (docs/performance.md). On a CPU four are fastest alone, or six where it
+# multiplies bfloat16 as it is, and in batches of 4 and 16 one is, or nearly; on a GPU sixteen rows
+# cost a large model little more than one.
 _CPU_WINDOW = 4
+_CPU_WINDOW_BF16 = 6
 _CPU_ROWS = 8
 _WINDOW = 16
 FIELDS = tuple(field.name for field in fields(JacobiConfig))

@@ -118,7 +118,10 @@ def jacobi_decode(
         compile=compile,
     )
     settings = settings.on(
-        input_ids.device.type, max(1, input_ids.shape[0]), gated=adapter is not None
+        input_ids.device.type,
+        max(1, input_ids.shape[0]),
+        gated=adapter is not None,
+        dtype=getattr(model, "dtype", None),
     )
     check_adapter_settings(settings, adapter)
     if generation_config is None:
