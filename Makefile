@@ -70,6 +70,10 @@ format: $(VENV)/.lint
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype float32 --record cpu
 	$(BIN)/python benchmarks/decoding/iteration_cost.py --dtype bfloat16 --record cpu
+	for dtype in bfloat16 float32; do \
+	  $(BIN)/python benchmarks/decoding/prefill.py --dtype $$dtype --record cpu || exit 1; \
+	done
+	$(BIN)/python benchmarks/decoding/iteration_report.py
 
 # against every other way to decode; TASKS: data that is not on the hub, --data TASK=FILE each
 bench-decoding: $(VENV)/.ready

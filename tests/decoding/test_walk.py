@@ -36,9 +36,9 @@ def forwards(model, ids, lengths, *, position_limit=None):
             layout=NATIVE,
         )
         block.prefill(ids[:, : int(lengths.max())], lengths)
-        assert block._walk is not None
+        assert block.walk is not None
         if not walks:
-            block._walk = None
+            block.walk = None
         made.append(block)
     return made
 
@@ -52,21 +52,22 @@ def test_logits_are_those_of_the_models_own_forward(family, dtype):
     model, adapter = tiny_model(family, dtype), random_adapter(family, 0.05)
     ids = prompts([90, 80], seed=3)["input_ids"]
     lengths = torch.tensor([70, 80])
-    tokens = ids[:, -6:].contiguous()
+    tokens, longer = ids[:, -6:].contiguous(), ids[:, -8:].contiguous()
     host = lengths.tolist()
     with NATIVE.applied(model), adapter.applied(model) as gate:
         found = []
         for block in forwards(model, ids, lengths, position_limit=83):
             plain = block.window(tokens, lengths, host)
-            with gate.open(4, 2, 10):
-                gated = block.gated_window(tokens, 4, lengths, host)
-            several = block.candidate_windows(
-                torch.stack([tokens, tokens.flip(1)], dim=1), lengths, host
-            )
+            with gate.open(4, 2, 12):
+                gated = block.gated_window(longer, 4, lengths, host)
+            # as many rows as the window that stands twice, in three chains
+            three = torch.stack([tokens[:, :4], tokens[:, :4].flip(1), tokens[:, 2:]], dim=1)
+            several = block.candidate_windows(three, lengths, host)
             found.append((plain, gated, several))
     for walked, own in zip(*found, strict=True):
         assert torch.equal(walked, own)
-    assert not torch.equal(found[0][1][:, 4:], found[0][1][:, :6])  # the adapter was heard
+    gated = found[0][1]
+    assert not torch.equal(gated[:, 4:8], gated[:, :4])  # the adapter was heard
 
 
 ROTATIONS = {

@@ -33,6 +33,9 @@ class BlockForward:
         layout: of `choose_layout`; its `applied` context must surround every forward.
         head: windows give the hidden states that it makes logits of, instead of logits.
         fixed: the cache has its full size from the start, so that nothing ever changes its shape.
+
+    Attributes:
+        walk: what goes past the model's own forward; None: nothing does.
     """
 
     def __init__(
@@ -71,8 +74,8 @@ class BlockForward:
             for kind, size in traits.mask_kinds.items()
             if self.plan.handed
         }
-        self._walk = Walk(position_limit) if walks(model, layout.attention) else None
-        self._columns: dict[tuple[int, int], torch.Tensor] = {}
+        self.walk = Walk(position_limit) if walks(model, layout.attention) else None
+        self._columns: dict[tuple[int, int, int], torch.Tensor] = {}
         self._call: dict[str, Any] = {traits.cache_argument: self.cache, "use_cache": True}
 
     def prefill(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -82,7 +85,7 @@ class BlockForward:
             input_ids: [B, P], row b holding its tokens at ``0 .. lengths[b] - 1``.
             lengths: [B].
         """
-        if self._walk is not None and self._walk.prefill(self.model, self.cache, input_ids):
+        if self.walk is not None and self.walk.prefill(self.model, self.cache, input_ids):
             return
         input_ids = padded(input_ids, self.prefill_width(input_ids) or input_ids.shape[1])
         width = input_ids.shape[1]
@@ -193,13 +196,13 @@ class BlockForward:
     def _offsets(self, first: int, rows: int) -> torch.Tensor:
         """[rows]: how far each row's token stands behind the first one of its window, in windows
         for the same places: one of `first` rows, then others."""
-        key = first, rows
+        others = self.plan.guess_width or rows - first
+        key = first, others, rows
         found = self._columns.get(key)
         if found is None:
             found = torch.arange(rows, device=self.plan.device)
             if rows > first:
-                width = self.plan.guess_width or rows - first
-                found = torch.cat([found[:first], found[: rows - first] % width])
+                found = torch.cat([found[:first], found[: rows - first] % others])
             if self.plan.device.type == "cpu":  # a captured one is in the memory of its capture
                 self._columns[key] = found
         return found
@@ -242,8 +245,8 @@ class BlockForward:
             offsets: [rows] of `_offsets`.
             masks: makes of positions [B, rows] the 2D mask, or 4D masks by layer type.
         """
-        if self._walk is not None:
-            hidden = self._walk.hidden_states(self.model, self.cache, tokens, offsets)
+        if self.walk is not None:
+            hidden = self.walk.hidden_states(self.model, self.cache, tokens, offsets)
             if hidden is not None:
                 return hidden if self.head is not None else self.model.lm_head(hidden)
         call = self._arguments(tokens, offsets, masks)
