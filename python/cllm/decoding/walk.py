@@ -1,9 +1,9 @@
 """Forwards past the model's own, where its native layers are one call on a CPU.
 
-Of an iteration of four rows over SmolLM2-135M's weights transformers' forward takes a tenth: it
-makes masks that native layers do not read, copies its list of layers, and calls thirty that hand on
-what the first one gave. What is left of it without those are five modules, called here. Prompts go
-the same way, in pieces: between the products of all rows lies as much for them.
+Of an iteration of few rows over a small model transformers' forward takes a share: it makes masks
+that native layers do not read, copies its list of layers, and calls thirty that hand on what the
+first one gave. What is left of it without those are five modules, called here. Prompts go the same
+way, in pieces: between the products of all rows lies as much for them.
 """
 
 from __future__ import annotations
