@@ -4,7 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.10.1
-OURS_ALONE := auto captured_clock kept_captures automatic_graphs graphs lookup odds pool probe storage
 
 .PHONY: demo train-tiny test test-slow test-all test-oldest test-gpu lint format bench bench-decoding bench-tiny bench-kernels bench-step clean
 
@@ -43,8 +42,7 @@ test-gpu: $(VENV)/.ready
 	$(BIN)/python tests/gpu/run.py
 
 # the oldest transformers that the metadata allows, laid over the same environment; few examples of
-# each property, and none of the tests of what is ours alone, as what differs is what transformers
-# offers
+# each property, as what differs is what transformers offers
 $(VENV)/oldest/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --target $(VENV)/oldest \
 		transformers==$(OLDEST_TRANSFORMERS)
@@ -52,7 +50,6 @@ $(VENV)/oldest/.ready: $(VENV)/.ready
 
 test-oldest: $(VENV)/oldest/.ready
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/decoding -p no:cacheprovider \
-		$(foreach name,$(OURS_ALONE),--ignore tests/decoding/test_$(name).py) \
 		--hypothesis-profile few -n auto --dist worksteal
 
 $(VENV)/.lint: $(VENV)/.ready

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cllm.decoding.layouts import judged
+from cllm.decoding import layouts
+from cllm.decoding.layouts import Layout, judged
+from cllm.decoding.support import check_model
+
+from .tiny_models import CONFIGS, prompts, tiny_model
 
 RIGHT = [0.03, 0.02, 0.05, 0.04, 0.01, 0.03, 0.06, 0.05, 0.02, 0.03, 0.04]
 
@@ -30,3 +34,27 @@ def test_one_rounded_token_condemns_no_layout_of_16_bits(errors, passes, dtype):
 def test_in_fp32_the_largest_counts():
     assert judged(torch.tensor([0.001, 0.5, 0.002]), torch.float32) == 0.5
     assert judged(torch.tensor([0.001, float("nan")]), torch.float32) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@torch.no_grad()
+def test_16_bits_let_no_other_layout_pass(family, dtype):
+    """Each layout passes or fails as it does in fp32, where the largest error counts."""
+    ids = prompts([9])["input_ids"][0]
+    found = []
+    for kind in (torch.float32, dtype):
+        model = tiny_model(family, kind)
+        traits, bound = check_model(model), 1e-2 if kind is torch.float32 else 0.1
+        rows = [ids[:8], ids[:8].flip(0)[:6]]
+        expected = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in rows]
+        passes = {}
+        for layout in (Layout(False, "folded"), Layout(False, "own"), Layout(True, "own")):
+            try:
+                with layout.applied(model):
+                    error = layouts._probe_error(model, traits, rows, expected, layout, False)
+                passes[str(layout)] = error < bound
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+                passes[str(layout)] = False
+        found.append(passes)
+    assert found[0] == found[1] and any(found[0].values())

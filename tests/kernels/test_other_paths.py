@@ -27,7 +27,6 @@ def run_tests(selection: str, files: list[str], **environment: str) -> None:
     }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-        + ["--hypothesis-profile", "few"]
         + [str(FOLDER / name) for name in files],
         env=variables | environment,
         cwd=FOLDER.parent.parent,

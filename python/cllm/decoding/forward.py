@@ -19,6 +19,9 @@ from .walk import Walk, walks
 if TYPE_CHECKING:
     from .layouts import Layout
 
+# Of positions [B, rows] the 2D mask, or 4D masks by layer type.
+Masks = Callable[[torch.Tensor], Any]
+
 
 class BlockForward:
     """A model, its ragged cache, and the masks and positions that make a batch ragged.
@@ -232,18 +235,13 @@ class BlockForward:
         target = lengths[:, None] + torch.arange(1, width, device=lengths.device)
         self.cache.move(target + candidate[:, None] * width, target)
 
-    def _logits(
-        self,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        masks: Callable[[torch.Tensor], Any],
-    ) -> torch.Tensor:
+    def _logits(self, tokens: torch.Tensor, offsets: torch.Tensor, masks: Masks) -> torch.Tensor:
         """The public forward, up to the head if there is one, or what stands for it.
 
         Args:
             tokens: [B, rows].
             offsets: [rows] of `_offsets`.
-            masks: makes of positions [B, rows] the 2D mask, or 4D masks by layer type.
+            masks: of their positions.
         """
         if self.walk is not None:
             hidden = self.walk.hidden_states(self.model, self.cache, tokens, offsets)
@@ -259,12 +257,7 @@ class BlockForward:
         self.plan.check_taken()
         return given
 
-    def _arguments(
-        self,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        masks: Callable[[torch.Tensor], Any],
-    ) -> dict:
+    def _arguments(self, tokens: torch.Tensor, offsets: torch.Tensor, masks: Masks) -> dict:
         """Of the public forward; arguments as of `_logits`."""
         assert self.plan.lengths is not None
         positions = self.plan.lengths[:, None] + offsets

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..linears import DTYPES, block_linears, most_rows
 from .cache import RaggedCache, round_up
-from .forward import BlockForward
+from .forward import BlockForward, Masks
 from .layouts import Layout
 from .support import ModelTraits, model_device
 from .uncompiled import any_compiled
@@ -95,12 +95,7 @@ class CompiledForward(BlockForward):
         """As `BlockForward.prefill_width`: prompts are not compiled, and so not padded."""
         return None
 
-    def _logits(
-        self,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        masks: Callable[[torch.Tensor], Any],
-    ) -> torch.Tensor:
+    def _logits(self, tokens: torch.Tensor, offsets: torch.Tensor, masks: Masks) -> torch.Tensor:
         # a prompt of one token has left no storage yet
         if not self._compiles or not len(self.cache):
             return self._uncompiled(tokens, offsets, masks)
@@ -123,10 +118,7 @@ class CompiledForward(BlockForward):
         return self._uncompiled(tokens, offsets, masks)
 
     def _uncompiled(
-        self,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        masks: Callable[[torch.Tensor], Any],
+        self, tokens: torch.Tensor, offsets: torch.Tensor, masks: Masks
     ) -> torch.Tensor:
         with block_linears(self.model):
             return super()._logits(tokens, offsets, masks)

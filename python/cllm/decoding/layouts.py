@@ -219,9 +219,9 @@ def _probe_error(
 def judged(errors: torch.Tensor, dtype: torch.dtype) -> float:
     """One number for the relative errors [N] of probed tokens, to hold against a bound.
 
-    Of a wrong layout at least every other token is wrong. In 16 bits a single one may be off by
-    rounding alone, in bfloat16 by more than a tenth, whatever the layout; so the upper quartile
-    counts there, and a fifth of the largest.
+    In 16 bits a single token may be off by rounding alone, in bfloat16 by more than a tenth,
+    whatever the layout; so the upper quartile counts there, and a fifth of the largest: of a wrong
+    layout more than one token is wrong.
     """
     # nan where the cache leaks garbage: no layout may pass for it
     errors = errors.nan_to_num(nan=float("inf"))
