@@ -53,7 +53,7 @@ test-oldest: $(VENV)/oldest/.ready
 		--hypothesis-profile few -n auto --dist worksteal
 
 $(VENV)/.lint: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable '.[lint]'
+	$(BIN)/python -m pip install --quiet --group lint
 	touch $@
 
 lint: $(VENV)/.lint
