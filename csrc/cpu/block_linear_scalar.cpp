@@ -1,4 +1,4 @@
-// Any CPU: short arrays that the compiler turns into whatever vectors the baseline offers.
+// Any CPU: the compiler's own vectors of four, which are registers wherever there are any.
 #include "block_linear.h"
 
 namespace cllm {
@@ -8,44 +8,44 @@ namespace {
 
 #include "block_linear_plain.h"
 
-struct Simd : Plain<Simd, 8> {
-    static constexpr int64_t kWidth = 8;
-    static constexpr int kAccumulators = 12;
-    struct Vec {
-        float lane[kWidth];
-    };
+struct Simd : Plain<Simd, 4> {
+    static constexpr int64_t kWidth = 4;
+    static constexpr int kAccumulators = 12;  // of 16 registers or more
+    typedef float Vec __attribute__((vector_size(16)));
+    typedef uint32_t Bits __attribute__((vector_size(16)));
 
-    template <typename F>
-    static Vec each(F f) {
+    static Vec load(const float* data) {
         Vec out;
-        for (int64_t i = 0; i < kWidth; ++i) out.lane[i] = f(i);
+        __builtin_memcpy(&out, data, sizeof out);
         return out;
     }
-    static Vec load(const float* data) {
-        return each([&](int64_t i) { return data[i]; });
-    }
-    static Vec load_bf16(const uint16_t* data) {
-        return each([&](int64_t i) { return widen_bf16(data[i]); });
-    }
+    static Vec load_bf16(const uint16_t* data) { return Vec(widened(data) << 16); }
     static Vec load_f16(const uint16_t* data) {
-        return each([&](int64_t i) { return widen_f16(data[i]); });
+        const Bits bits = widened(data);
+        const Bits sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+        // a subnormal number is its mantissa * 2^-24, exact in fp32
+        const Bits below = Bits(__builtin_convertvector(size, Vec) * 5.9604644775390625e-8f);
+        const Bits normal = (size << 13) + (112u << 23);
+        const Bits endless = Bits(size >= 0x7c00u) & 0x7f800000u;
+        const Bits is_below = Bits(size < 0x400u);
+        return Vec(sign | (is_below & below) | (~is_below & normal) | endless);
     }
-    static Vec held(const Vec& x) { return x; }
-    static void store(float* data, const Vec& x) { __builtin_memcpy(data, x.lane, sizeof x.lane); }
-    static Vec fill(float value) {
-        return each([&](int64_t) { return value; });
-    }
-    static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
-        return each([&](int64_t i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
-    }
-    static float reduce_add(const Vec& a) {
-        float sum = 0.0f;
-        for (float value : a.lane) sum += value;
-        return sum;
-    }
+    static Vec held(Vec x) { return x; }
+    static void store(float* data, Vec x) { __builtin_memcpy(data, &x, sizeof x); }
+    static Vec fill(float value) { return Vec{value, value, value, value}; }
+    static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+    static float reduce_add(Vec a) { return (a[0] + a[1]) + (a[2] + a[3]); }
     // always_inline: gcc takes a function that only prefetches for one that does nothing
     __attribute__((always_inline)) static void prefetch(const void* place) {
         __builtin_prefetch(place, 0, 2);
+    }
+
+  private:
+    static Bits widened(const uint16_t* data) {
+        typedef uint16_t Halves __attribute__((vector_size(8)));
+        Halves halves;
+        __builtin_memcpy(&halves, data, sizeof halves);
+        return __builtin_convertvector(halves, Bits);
     }
 };
 
