@@ -50,9 +50,14 @@ def build_info() -> dict[str, Any]:
     if _module is None and info["cpu"]:
         info["cpu_reason"] = _load_error or "the native module was built but has been removed"
     info["loaded"] = _module is not None
-    info["isa"] = _module.isa() if _module is not None else None
+    info["isa"] = isa()
     info["bf16_dot"] = bf16_dot()
     return info
+
+
+def isa() -> str | None:
+    """The instructions that the CPU kernels use here: "avx512", "avx2" or "scalar"; None: none."""
+    return _module.isa() if _module is not None else None
 
 
 def bf16_dot() -> bool:

@@ -7,7 +7,6 @@ import torch
 import transformers as hf
 
 import cllm
-from cllm.decoding import config as config_module
 from cllm.decoding.support import check_model
 
 from .tiny_models import VOCAB, fresh_model, prompts, tiny_model
@@ -175,48 +174,3 @@ def test_a_model_that_would_be_decoded_wrongly_is_refused():
     model = Forgetful(tiny_model("llama").config).eval()
     with pytest.raises(cllm.UnsupportedModelError, match="does not give the logits"):
         cllm.generate(model, input_ids=IDS, max_new_tokens=4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "device", "batch", "size"),
-    [
-        ({}, "cpu", 1, 4),
-        ({}, "cpu", 4, 2),
-        ({}, "cpu", 64, 1),
-        ({"mode": "block"}, "cpu", 64, 4),
-        ({"record_trajectories": True}, "cpu", 64, 4),
-        ({}, "cuda", 64, 16),
-        ({"block_size": 7}, "cpu", 8, 7),
-        ({"verify_size": 9}, "cpu", 1, 9),
-        ({"verify_size": 3}, "cpu", 1, 4),
-        ({"verify_size": 3, "mode": "block"}, "cuda", 1, 3),
-    ],
-)
-def test_the_block_size_that_nobody_named(changes, device, batch, size):
-    config = cllm.JacobiConfig(**changes).on(device, batch)
-    assert config.width == size and config.on("cpu", 1) is config
-    assert cllm.JacobiConfig().on("cpu", 64, gated=True).width == 4
-    with pytest.raises(ValueError, match="block_size=None is no number"):
-        _ = cllm.JacobiConfig().width
-    with pytest.raises(ValueError, match="verify_size must be None or an integer >= 1, not 0"):
-        cllm.JacobiConfig(verify_size=0)
-    found = cllm.generate(
-        tiny_model("llama"), **prompts([3]), max_new_tokens=8, return_dict_in_generate=True
-    )
-    assert found.block_size == 4
-
-
-@pytest.mark.parametrize("has", [True, False])
-def test_wider_windows_where_bfloat16_is_multiplied_as_it_is(has, monkeypatch):
-    monkeypatch.setattr(config_module, "bf16_dot", lambda: has)
-    bf16, fp16 = torch.bfloat16, torch.float16
-    size = 6 if has else 4
-    assert cllm.JacobiConfig().on("cpu", 1, dtype=bf16).width == size
-    assert cllm.JacobiConfig().on("cpu", 2, dtype=bf16).width == 4
-    assert cllm.JacobiConfig().on("cpu", 1, dtype=fp16).width == 4
-    assert cllm.JacobiConfig().on("cpu", 1, gated=True, dtype=bf16).width == 4
-    assert cllm.JacobiConfig(candidates=2).on("cpu", 1, dtype=bf16).width == 4
-    assert cllm.JacobiConfig().on("cuda", 1, dtype=bf16).width == 16
-    model = tiny_model("llama", torch.bfloat16)
-    found = cllm.generate(model, **prompts([3]), max_new_tokens=8, return_dict_in_generate=True)
-    assert found.block_size == size

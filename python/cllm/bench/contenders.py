@@ -269,7 +269,18 @@ def _gated(**changes: Any) -> Callable[[Setup], Decode]:
         model = load_model(setup.model, setup)
         adapter = GatedAdapter.load(setup.adapter)
         adapter.check(model)
-        return _cllm(model, _config(setup, changes), adapter)
+        config = _config(setup, changes)
+        decode = _cllm(model, config, adapter)
+
+        def where_it_is_asked(prompts: list[list[int]], most: int) -> Decoded:
+            if not config.asks_adapter(torch.device(setup.device).type, len(prompts)):
+                raise Absent(
+                    f"in batches of {len(prompts)} no adapter is asked unless a size is named "
+                    "(--block-size)"
+                )
+            return decode(prompts, most)
+
+        return where_it_is_asked
 
     return make
 

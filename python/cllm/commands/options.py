@@ -95,8 +95,7 @@ AutoBlockSizeOption = Annotated[
         parser=_block_size,
         metavar="N|auto",
         help="n: tokens guessed and checked in one forward; auto: what should be fastest here.  "
-        "[default: 4 on a CPU, 6 in bfloat16 where it has instructions for it, fewer in batches; "
-        "else 16]",
+        "[default: 16 on a GPU, 6 or (where rows cost more) 4 on a CPU, fewer in batches]",
     ),
 ]
 DtypeOption = Annotated[

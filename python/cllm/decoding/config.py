@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from cllm_kernels._native import bf16_dot
+from cllm_kernels._native import bf16_dot, isa
 from cllm_kernels.guess_candidates import MOST as MOST_CANDIDATES
 
 from ..fill import Fill
@@ -31,9 +31,11 @@ class JacobiConfig:
     rows on a CPU, such a near-tie can also hang on which candidate was right.
 
     Attributes:
-        block_size: ``n``, the tokens in a window, and the rows of a forward over one. ``None``: 4
-            on a CPU, where rows cost time, 6 in bfloat16 where the CPU multiplies it as it is, in
-            batches fewer (`on`); else 16.
+        block_size: ``n``, the tokens in a window, and the rows of a forward over one. ``None``: 16
+            on a GPU; on a CPU, where rows cost time, 6 in the types that its instructions make
+            quick (float32 with AVX2, bfloat16 where it is multiplied as it is), else 4. In batches
+            fewer, so that a forward has few rows (`on`), and an adapter is not asked where no
+            window of two would be left (`asks_adapter`).
             ``"auto"``: what should decode fastest, by the time of a forward (measured in the first
             call of a model, device and batch size) and by how often guesses have been right in the
             calls so far; 1 where nothing else pays. With an adapter it is also chosen whether to
@@ -210,22 +212,33 @@ class JacobiConfig:
         Args:
             device: its type.
             batch: rows.
-            gated: an adapter guesses, who needs a place to guess for.
+            gated: an adapter guesses.
             dtype: of the model; None: not known.
         """
         if self.block_size is not None:
             return self
-        size = _CPU_WINDOW if device == "cpu" else _WINDOW
-        alone = not gated and self.candidates == 1 and self.mode == "sliding"
-        if device == "cpu" and alone and dtype is torch.bfloat16 and bf16_dot():
-            size = _CPU_WINDOW_BF16
-        if device == "cpu" and self.mode == "sliding" and not (gated or self.record_trajectories):
-            size = min(size, max(1, _CPU_ROWS // batch))
-            if self.candidates > 1:  # somebody wants more rows than these
+        size = _WINDOW
+        if device == "cpu":
+            alone = not gated and self.candidates == 1 and self.mode == "sliding"
+            size = _CPU_WINDOW_QUICK if alone and _quick(dtype) else _CPU_WINDOW
+        if self.mode == "sliding" and not self.record_trajectories:
+            size = min(size, max(1, _most_rows(device) // (batch * (2 if gated else 1))))
+            if self.candidates > 1 or gated:  # somebody wants more rows than these
                 size = max(size, 2)
         if self.verify_size is not None:  # all of a block is checked
             size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
         return replace(self, block_size=size)
+
+    def asks_adapter(self, device: str, batch: int) -> bool:
+        """Whether an adapter makes the guesses where there is one. No text hangs on it.
+
+        False where nobody has said how many rows a forward may have, and a batch is so large that
+        two tokens of each row and their guesses would be more of them than pay.
+        """
+        said = self.block_size is not None or self.verify_size is not None or self.candidates > 1
+        if said or self.mode == "block" or self.record_trajectories:
+            return True
+        return _most_rows(device) // (2 * batch) >= 2
 
     def _auto_problems(self) -> list[str]:
         problems = []
@@ -265,14 +278,26 @@ class JacobiConfig:
 
 
 _LOOKUP = 8
-# By what was measured (docs/performance.md). On a CPU four are fastest alone, or six where it
-# multiplies bfloat16 as it is, and in batches of 4 and 16 one is, or nearly; on a GPU sixteen rows
-# cost a large model little more than one.
+# By what was measured (docs/performance.md). On a CPU four rows cost about what one does, six where
+# its instructions are quick, and in batches of 4 and 16 more than eight do not pay; on a GPU a
+# large model's forward takes little longer for sixteen rows than for one, for 64 a third longer.
 _CPU_WINDOW = 4
-_CPU_WINDOW_BF16 = 6
+_CPU_WINDOW_QUICK = 6
 _CPU_ROWS = 8
 _WINDOW = 16
+_ROWS = 64
 FIELDS = tuple(field.name for field in fields(JacobiConfig))
+
+
+def _quick(dtype: torch.dtype | None) -> bool:
+    """Whether this CPU hides the arithmetic of six rows behind the reading of the weights."""
+    if dtype is torch.float32:
+        return isa() in ("avx2", "avx512")
+    return dtype is torch.bfloat16 and bf16_dot()
+
+
+def _most_rows(device: str) -> int:
+    return _CPU_ROWS if device == "cpu" else _ROWS
 
 
 def _verify_problems(verify_size: object, block_size: int | None, mode: str) -> list[str]:

@@ -82,7 +82,8 @@ def jacobi_decode(
         input_ids: [B, P] int64, left-padded.
         logits_processor, stopping_criteria, generation_config: as prepared by ``generate``.
         config: settings; the keyword arguments named like its fields replace them one by one.
-        adapter: makes the guesses, and decides nothing: the text is that of the base model. A
+        adapter: makes the guesses, and decides nothing: the text is that of the base model (in
+            large batches nobody asks it, see `JacobiConfig.asks_adapter`). A
             `cllm.GatedAdapter`, its folder or hub id, or a PEFT model around the same base (whose
             adapters are off in every row but the guess rows).
         generator: with ``do_sample=True`` and no `seed`: what the seed is drawn from.
@@ -117,13 +118,10 @@ def jacobi_decode(
         candidates=candidates,
         compile=compile,
     )
-    settings = settings.on(
-        input_ids.device.type,
-        max(1, input_ids.shape[0]),
-        gated=adapter is not None,
-        dtype=getattr(model, "dtype", None),
-    )
     check_adapter_settings(settings, adapter)
+    device, batch = input_ids.device.type, max(1, input_ids.shape[0])
+    asked = adapter is not None and settings.asks_adapter(device, batch)
+    settings = settings.on(device, batch, gated=asked, dtype=getattr(model, "dtype", None))
     if generation_config is None:
         raise ValueError(
             "jacobi_decode was called without a generation_config; call "
@@ -182,7 +180,7 @@ def jacobi_decode(
             )
             settings = choice.settings
         gate = None
-        if adapter is not None and (choice is None or choice.gated):
+        if asked and (choice is None or choice.gated):
             gate = stack.enter_context(adapter.applied(model))
         most = input_ids.shape[0] * _window_rows(settings, gate)
         chains = gate is not None or _several(settings)
