@@ -81,11 +81,18 @@ bench-decoding: $(VENV)/.ready
 	  $(BIN)/python benchmarks/decoding/compare.py --tasks recipes/adapter_held_out.yaml \
 	    --tasks recipes/mt_bench.yaml $(TASKS) \
 	    --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --dtype $$dtype \
-	    --work runs/compare --record cpu || exit 1; \
+	    --limit 4 --rounds 1 --max-new-tokens 96 --work runs/compare --record cpu || exit 1; \
 	done
+	$(BIN)/python benchmarks/decoding/compare.py --tasks recipes/adapter_held_out.yaml $(TASKS) \
+	  --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --dtype bfloat16 \
+	  --contender 'HuggingFace, static cache, compiled' --contender 'cllm, one token' \
+	  --contender 'cllm, looked up, pool' --contender 'cllm, automatic' \
+	  --contender 'cllm, adapter, automatic' --batch 4:2 --batch 16:1 --batch 64:1 --limit 64 \
+	  --rounds 1 --max-new-tokens 48 --work runs/compare --record cpu \
+	  --name compare_batches_bfloat16
 	$(BIN)/python benchmarks/decoding/compare_report.py
 	$(BIN)/python benchmarks/decoding/sources.py --tasks recipes/adapter_held_out.yaml $(TASKS) \
-	  --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --max-new-tokens 64 \
+	  --adapter python/cllm/adapter/shipped/smollm2-135m-instruct --limit 8 --max-new-tokens 64 \
 	  --work runs/sources --record cpu
 	$(BIN)/python benchmarks/decoding/sources_report.py
 

@@ -334,9 +334,9 @@ void block_mask_cpu(uintptr_t lengths, int64_t batch, int64_t n, int64_t first, 
                          threads);
 }
 
-bool block_unsafe_cpu(const py::tuple& keys, const py::tuple& values, uintptr_t lengths, int dtype,
-                      int64_t batch, int64_t heads, int64_t n, int64_t width, int64_t capacity,
-                      int64_t first, int64_t slots, int64_t window, int threads) {
+int block_unsafe_cpu(const py::tuple& keys, const py::tuple& values, uintptr_t lengths, int dtype,
+                     int64_t batch, int64_t heads, int64_t n, int64_t width, int64_t capacity,
+                     int64_t first, int64_t slots, int64_t window, int threads) {
     const auto append =
         block_append(keys, values, lengths, dtype, batch, heads, n, width, capacity);
     const cllm::BlockView view{append.lengths, batch, n, first, slots, window};

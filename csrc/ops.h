@@ -353,7 +353,7 @@ void block_mask_cpu(const BlockView& view, int64_t groups, Dtype dtype, void* ma
 
 // Whether a slot of the view that no query of its row sees holds something that a weight of zero
 // or a mask of -inf would not silence: NaN, infinity, or so large that its score could be either.
-bool block_unsafe_cpu(const BlockAppend& append, const BlockView& view, int threads);
+int block_unsafe_cpu(const BlockAppend& append, const BlockView& view, int threads);
 
 #ifdef CLLM_WITH_CUDA
 // Launches one kernel on the stream and returns at once: nullptr, or CUDA's name of what went

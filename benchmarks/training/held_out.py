@@ -51,7 +51,8 @@ def decoded(
     """Texts of all prompts of a task and what the base thinks of them, JSON-serialisable."""
     start = time.perf_counter()
     texts = decode_texts(
-        model, tokenizer, task.prompts, config=cllm.JacobiConfig(block_size=options.block_size),
+        model, tokenizer, task.prompts,
+        config=cllm.JacobiConfig(block_size=options.block_size, lookup=0),
         max_new_tokens=task.max_new_tokens, batch_size=options.batch_size,
     )  # fmt: skip
     seconds = time.perf_counter() - start

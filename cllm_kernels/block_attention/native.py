@@ -8,7 +8,8 @@ began. Where soft-capped, which SDPA is not, the same is done here in fp32.
 
 Slots that a row does not see but the view covers reach SDPA under a mask of -inf. That silences
 whatever is finite; where one holds NaN, infinity or a number near the end of the range, the view is
-copied with zeros in its place.
+copied with zeros in its place. Where such a slot is one that some queries see (a wrong guess that
+overflows, say), tokens attend one by one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cllm_kernels.block_attention import empty_output, no_room
 _C = native_module()
 
 _KEY_BLOCK = 512  # SDPA's on the CPU
+_SEEN_BY_SOME = 2  # of `block_unsafe_cpu`: in slots that not every query sees
 
 
 def _side(new: Tensor, cache: Tensor) -> tuple[int, ...]:
@@ -44,7 +46,7 @@ def block_attention_cpu(
     max_length: int | None,  # unused: the lengths themselves can be read here
 ) -> Tensor:
     """[B, Hq, n, D]. Raises ValueError, naming the row, if a block does not fit its cache."""
-    batch, heads, n, width = q.shape
+    batch, _, n, width = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
     code, threads = DTYPE_CODES[q.dtype], torch.get_num_threads()
     k_new, v_new = (t if t.stride(3) == 1 else t.contiguous() for t in (k_new, v_new))
@@ -63,20 +65,52 @@ def block_attention_cpu(
     end = min(-(-(longest + n) // _KEY_BLOCK) * _KEY_BLOCK, capacity)
     view = (first, end - first, window or 0)
     keys, values = k_cache[:, :, first:end], v_cache[:, :, first:end]
-    if _C.block_unsafe_cpu(*append, *view, threads):
+    unsafe = _C.block_unsafe_cpu(*append, *view, threads)
+    if unsafe & _SEEN_BY_SOME:  # token by token: each sees others
+        parts = [
+            _attended(
+                q[:, :, token : token + 1],
+                *_silenced(keys, values, lengths + token, 1, first, window),
+                lengths + token,
+                first,
+                scale,
+                window,
+                softcap,
+            )
+            for token in range(n)
+        ]
+        return empty_output(q).copy_(torch.cat(parts, dim=2))
+    if unsafe:
         keys, values = _silenced(keys, values, lengths, n, first, window)
+    out = _attended(q, keys, values, lengths, first, scale, window, softcap)
+    return empty_output(q).copy_(out)
 
+
+def _attended(
+    q: Tensor,  # [B, Hq, n, D]
+    keys: Tensor,  # [B, Hkv, S, D]
+    values: Tensor,  # [B, Hkv, S, D]
+    lengths: Tensor,  # [B]
+    first: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[B, Hq, n, D]: attention of a block behind `lengths` to the slots from `first` on."""
+    batch, heads, n, width = q.shape
+    kv_heads, slots = keys.shape[1:3]
     groups = heads // kv_heads
     folded = q.reshape(batch, kv_heads, groups * n, width)
     dtype = torch.float32 if softcap is not None else q.dtype
-    mask = torch.empty(batch, 1, groups * n, end - first, dtype=dtype)
+    mask = torch.empty(batch, 1, groups * n, slots, dtype=dtype, device="cpu")
+    view = (first, slots, window or 0)
     sizes = (lengths.data_ptr(), batch, n, *view, groups, DTYPE_CODES[dtype])
-    _C.block_mask_cpu(*sizes, mask.data_ptr(), threads)
+    _C.block_mask_cpu(*sizes, mask.data_ptr(), torch.get_num_threads())
     if softcap is None:
         out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     else:
         out = _softcapped(folded, keys, values, mask, scale, softcap)
-    return empty_output(q).copy_(out.reshape(batch, heads, n, width))
+    return out.reshape(batch, heads, n, width)
 
 
 def _silenced(
@@ -88,7 +122,7 @@ def _silenced(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Copies with zeros in the slots that no query of the row sees."""
-    slot = torch.arange(first, first + keys.shape[2])
+    slot = torch.arange(first, first + keys.shape[2], device="cpu")
     seen = slot < lengths[:, None] + n  # [B, S]
     if window is not None:
         seen &= slot > lengths[:, None] - window

@@ -52,5 +52,15 @@ def block_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(dim=-1)
-    out = torch.einsum("bhgis,bhsd->bihgd", weights, values).to(q.dtype)
+    out = torch.stack(
+        [  # query by query: 0 * NaN of a slot that only later ones see is NaN
+            torch.einsum(
+                "bhgs,bhsd->bhgd",
+                weights[:, :, :, i],
+                torch.where(visible[:, i, None, :, None], values, 0),
+            )
+            for i in range(n)
+        ],
+        dim=1,
+    ).to(q.dtype)  # [B, n, Hkv, G, D]
     return out.reshape(batch, n, heads, width).contiguous().transpose(1, 2)

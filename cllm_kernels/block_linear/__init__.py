@@ -86,7 +86,7 @@ def block_linear(
         if a is not None and b is not None:
             negated = negated or a.is_neg() or b.is_neg()
         if threads and x.is_cpu and weight.dim() == 2 and not negated:
-            out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+            out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="cpu")
             if _direct(x, weight, bias, a, b, out, gated_from, threads) is not None:
                 return out
     _check(x, weight, bias, a, b, gated_from)

@@ -22,7 +22,7 @@ def block_linear_cpu(
     gated_from: int,
 ) -> Tensor:
     """[..., N] of x's dtype."""
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="cpu")
     # counted: -1 could be any number where a size is 0
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     gate = None

@@ -15,8 +15,10 @@ def checked_scale(weights: DecoderWeights, eps: float, scale: float | None) -> f
     """The scale that was given, or the usual one."""
     if scale is None:
         scale = weights.head_size**-0.5
-    if not (math.isfinite(scale) and eps >= 0):
-        raise ValueError(f"decoder_layer: scale {scale} and eps {eps} must be finite, eps >= 0")
+    if not math.isfinite(scale):
+        raise ValueError(f"decoder_layer: scale must be finite, not {scale}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"decoder_layer: eps must be finite and not negative, not {eps}")
     return scale
 
 

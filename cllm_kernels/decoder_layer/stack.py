@@ -80,14 +80,20 @@ class DecoderStack:
         for index, (layer, (keys, values)) in enumerate(
             zip(self.weights, self.caches, strict=True)
         ):
-            checked_window(self.windows[index])
+            try:
+                checked_window(self.windows[index])
+            except ValueError as error:
+                raise ValueError(f"DecoderStack, windows[{index}]: {error}") from None
             if layer.sizes != first.sizes:
                 raise ValueError(
                     f"DecoderStack: weights[{index}] have the sizes {layer.sizes} (H, I, Hq, Hkv, "
                     f"D), the first layer's {first.sizes}"
                 )
             if not fits(hidden, layer, rotary, rotary, keys, values, lengths):
-                explain(hidden, layer, rotary, rotary, keys, values, lengths)
+                try:
+                    explain(hidden, layer, rotary, rotary, keys, values, lengths)
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"DecoderStack, layer {index}: {error}") from None
         # the narrowest cache is what a block is held against
         self.narrowest = min(range(count), key=lambda index: k_caches[index].shape[2])
         # addresses are of use for plain tensors on a CPU alone

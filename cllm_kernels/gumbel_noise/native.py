@@ -18,7 +18,7 @@ def gumbel_noise_cpu(
 ) -> Tensor:
     """[M, vocabulary] float32."""
     rows = row.shape[0]
-    noise = torch.empty((rows, vocabulary), dtype=torch.float32)
+    noise = torch.empty((rows, vocabulary), dtype=torch.float32, device="cpu")
     _C.gumbel_noise_cpu(
         seed.data_ptr(),
         row.data_ptr(),

@@ -83,8 +83,8 @@ def jacobi_step_cpu(
     if bad >= 0:
         raise ValueError(
             f"jacobi_step: row {bad} is out of bounds: progress {int(progress[bad])} must lie in "
-            f"[0, {window.shape[1]}), generated {int(generated[bad])} and limits "
-            f"{int(limits[bad])} must not exceed the output's {output.shape[1]} columns"
+            f"[0, {window.shape[1]}), generated {int(generated[bad])} in [0, {output.shape[1]}], "
+            f"the output's columns, which limits {int(limits[bad])} must not exceed"
         )
     return accepted
 

@@ -45,8 +45,9 @@ def jacobi_step_kernel(
     m = tl.load(progress_ptr + row)
     generated = tl.load(generated_ptr + row)
     was_done = tl.load(done_ptr + row) != 0
-    room = tl.load(limits_ptr + row) - generated
-    active = (room > 0) & (was_done == 0)
+    limit = tl.load(limits_ptr + row)
+    room = limit - generated
+    active = (limit > generated) & (was_done == 0)
 
     # The first guess behind m that the forward did not confirm ends the run: k is its slot.
     k = tl.min(tl.where(real & (i > m) & (w != before), i, n), axis=0).to(tl.int64)

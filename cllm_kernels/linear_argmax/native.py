@@ -57,8 +57,8 @@ def linear_argmax_cpu(
         check_row_ids("linear_argmax", row)
         seed_at, row_at, position_at = seed.data_ptr(), row.data_ptr(), position.data_ptr()
     scaling = (softcap or 0.0, 1.0 if temperature is None else 1.0 / temperature)
-    index = torch.full((rows,), -1, dtype=torch.int64)
-    value = torch.empty(rows, dtype=torch.float32)
+    index = torch.full((rows,), -1, dtype=torch.int64, device="cpu")
+    value = torch.empty(rows, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.detach().float().contiguous()
     hidden = hidden.detach().contiguous()
     weight = weight.detach()
@@ -93,9 +93,9 @@ def _sweep(
     elif dtype is not torch.float32 and not exact:
         dtype = torch.float32
         hidden = hidden.float()
-        widened = torch.empty(min(_WIDENED, vocabulary), width)
+        widened = torch.empty(min(_WIDENED, vocabulary), width, dtype=torch.float32, device="cpu")
     size = min(_CHUNK[dtype] if widened is None else _WIDENED, vocabulary)
-    scores = torch.empty(rows, size, dtype=dtype)
+    scores = torch.empty(rows, size, dtype=dtype, device="cpu")
     code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
     for first in range(0, vocabulary, size):
         chunk = weight[first : first + size]

@@ -137,9 +137,10 @@ def _check_numbers(options: LossOptions, chunk_tokens: int | None) -> None:
             f"{_NAME}: beta must lie between 0 and 1, not {options.beta}; its ends are divergence="
             '"forward_kl" and "reverse_kl" (in the limit, up to a factor)'
         )
-    if not (options.temperature > 0 and math.isfinite(options.temperature)):
+    if not 1e-30 <= options.temperature <= 1e30:
         raise ValueError(
-            f"{_NAME}: temperature must be a positive number, not {options.temperature}"
+            f"{_NAME}: temperature must be a positive number (1e-30 to 1e30), not "
+            f"{options.temperature}"
         )
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(

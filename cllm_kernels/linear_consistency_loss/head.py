@@ -32,7 +32,9 @@ class Head:
                 self.piece = min(_CPU_PIECE, self.piece)
             if widen:
                 self.dtype = torch.float32
-                self.widened = torch.empty(self.piece, weight.shape[1])
+                self.widened = torch.empty(
+                    self.piece, weight.shape[1], dtype=torch.float32, device="cpu"
+                )
         self.bias = None if bias is None else bias.to(self.dtype)  # [V]
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
@@ -133,7 +135,7 @@ def add_product(
 @cache
 def _adds_in_fp32(device: torch.device) -> bool:
     """Whether this torch adds a 16-bit product to an fp32 matrix; some want equal dtypes."""
-    small = torch.zeros(16, 16, device=device)
+    small = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(small, small.half(), small.half(), out_dtype=torch.float32, out=small)
     except RuntimeError:

@@ -8,6 +8,7 @@ is done: nothing of the weight's size is held in fp32, and nothing as long as a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,9 +162,10 @@ def gradients(
 
     d_weight = torch.empty_like(weight) if wanted.weight else student.new_empty(0)
     d_bias = torch.empty_like(bias) if wanted.bias and bias is not None else student.new_empty(0)
-    d_hidden = [torch.zeros(len(hidden), width, device=device) for hidden in sweep.hidden]
-    weight_sum = torch.empty(sweep.piece if wanted.weight else 0, width, device=device)
-    bias_sum = torch.empty(sweep.piece if wanted.bias else 0, device=device)
+    kind: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    d_hidden = [torch.zeros(len(hidden), width, **kind) for hidden in sweep.hidden]
+    weight_sum = torch.empty(sweep.piece if wanted.weight else 0, width, **kind)
+    bias_sum = torch.empty(sweep.piece if wanted.bias else 0, **kind)
     active = [block.active(student_half, teacher_half) for block in sweep.blocks]
     numbers = [n for n, rows in enumerate(active) if rows.start < rows.stop]
     for columns, part, number, scores in sweep.run(

@@ -142,9 +142,12 @@ def consistency_chunk_kernel(
             t_sum = t_sum * t_shrink + tl.sum(p, axis=0)
             # -inf - -inf is NaN, but where the probability is 0 so is the term.
             if DIVERGENCE == _FORWARD:
-                cross = cross * t_shrink + tl.sum(tl.where(p == 0, 0.0, p * (t - s)), axis=0)
+                # infinite terms whose probability has become 0 count no more
+                cross = tl.where(t_shrink == 0, 0.0, cross * t_shrink)
+                cross += tl.sum(tl.where(p == 0, 0.0, p * (t - s)), axis=0)
             if DIVERGENCE == _REVERSE:
-                cross = cross * s_shrink + tl.sum(tl.where(q == 0, 0.0, q * (s - t)), axis=0)
+                cross = tl.where(s_shrink == 0, 0.0, cross * s_shrink)
+                cross += tl.sum(tl.where(q == 0, 0.0, q * (s - t)), axis=0)
             if HAS_LABELS:
                 if HAS_TEMPERATURE:
                     shrink = tl.exp(t_max - _finite(t_new))

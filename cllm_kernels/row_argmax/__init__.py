@@ -64,7 +64,8 @@ def row_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         if threads and logits.is_cpu and not logits.is_neg() and eager(logits):
             shape = logits.shape
             # torch reads one number sooner than a tuple of one.
-            index = torch.empty(shape[0] if len(shape) == 2 else shape[:-1], dtype=torch.int64)
+            size = shape[0] if len(shape) == 2 else shape[:-1]
+            index = torch.empty(size, dtype=torch.int64, device="cpu")
             value = torch.empty_like(index, dtype=logits.dtype)
             if _direct(logits, index, value, threads) is not None:
                 return index, value

@@ -15,8 +15,8 @@ _C = native_module()
 def row_argmax_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits [..., V] -> (index [...], value [...])."""
     shape = logits.shape[:-1]
-    index = torch.empty(shape, dtype=torch.int64)
-    value = torch.empty(shape, dtype=logits.dtype)
+    index = torch.empty(shape, dtype=torch.int64, device="cpu")
+    value = torch.empty(shape, dtype=logits.dtype, device="cpu")
     layout = row_layout(logits)
     if layout.rows:
         _C.row_argmax_cpu(

@@ -82,6 +82,9 @@ bool unsafe_slots(const BlockAppend& append, const CacheSide& side, int64_t row,
     return false;
 }
 
+// What `block_unsafe_cpu` found: slots that no query of the block sees, or not every one.
+constexpr int kUnseen = 1, kSeenBySome = 2;
+
 bool unsafe_head(const BlockAppend& append, const CacheSide& side, int64_t row, int64_t head,
                  int64_t begin, int64_t end) {
     // 2^41 in the wide formats: a score of 256 products with it stays finite beside any query that
@@ -126,26 +129,35 @@ void block_mask_cpu(const BlockView& view, int64_t groups, Dtype dtype, void* ma
     }
 }
 
-bool block_unsafe_cpu(const BlockAppend& append, const BlockView& view, int threads) {
+int block_unsafe_cpu(const BlockAppend& append, const BlockView& view, int threads) {
     const int64_t last = view.first + view.slots;
     const int64_t pieces = append.batch * append.heads;
     const int workers =
         workers_for(2 * pieces * view.slots * append.width * element_size(append.dtype), threads);
     (void)workers;  // unused by a compiler without OpenMP
-    std::atomic<bool> found{false};
+    std::atomic<int> found{0};
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t row = piece / append.heads, head = piece % append.heads;
         const int64_t length = view.lengths[row];
-        const int64_t seen =  // the first slot that the block's first query sees
-            view.window > 0 ? std::max<int64_t>(length - view.window + 1, 0) : 0;
+        // the first slots that the block's first query sees, and its last
+        const auto seen_from = [&](int64_t query) {
+            const int64_t slot = view.window > 0 ? query - view.window + 1 : 0;
+            return std::clamp(slot, view.first, last);
+        };
+        const int64_t first = seen_from(length), late = seen_from(length + view.n - 1);
+        const int64_t own = std::clamp(length + 1, view.first, last);
         const int64_t behind = std::clamp(length + view.n, view.first, last);
         for (const CacheSide* side : {&append.keys, &append.values}) {
-            if (found.load(std::memory_order_relaxed)) break;
-            if (unsafe_head(append, *side, row, head, view.first, std::min(seen, last)) ||
-                unsafe_head(append, *side, row, head, behind, last)) {
-                found.store(true, std::memory_order_relaxed);
-            }
+            const auto unsafe = [&](int64_t begin, int64_t end) {
+                return unsafe_head(append, *side, row, head, begin, end);
+            };
+            int here = found.load(std::memory_order_relaxed);
+            if (!(here & kUnseen) && (unsafe(view.first, first) || unsafe(behind, last)))
+                here |= kUnseen;
+            if (!(here & kSeenBySome) && (unsafe(first, late) || unsafe(own, behind)))
+                here |= kSeenBySome;
+            found.fetch_or(here, std::memory_order_relaxed);
         }
     }
     return found.load();

@@ -158,7 +158,7 @@ class RowPass {
             if (const double gap = raise(state_[kTeacherMax], t_buffer, padded)) {
                 const double factor = __builtin_exp(gap * chunk_.inverse_temperature);
                 state_[kTeacherSum] *= factor;
-                if (kDivergence == Divergence::kForwardKl) state_[kCross] *= factor;
+                if (kDivergence == Divergence::kForwardKl) shrink_cross(factor);
                 state_[kPlain] *= __builtin_exp(gap);
             }
             const Vec t_reference = Simd::fill(reference_of(state_[kTeacherMax]));
@@ -168,7 +168,7 @@ class RowPass {
                 if (const double gap = raise(state_[kStudentMax], s_buffer, padded)) {
                     const double factor = __builtin_exp(gap * chunk_.inverse_temperature);
                     state_[kStudentSum] *= factor;
-                    if (kDivergence == Divergence::kReverseKl) state_[kCross] *= factor;
+                    if (kDivergence == Divergence::kReverseKl) shrink_cross(factor);
                 }
                 const Vec s_reference = Simd::fill(reference_of(state_[kStudentMax]));
                 Vec s_sum = zero, cross = zero;
@@ -201,6 +201,11 @@ class RowPass {
     }
 
     // What the cross-entropy needs of a block of the teacher's logits.
+    // Infinite terms whose probability has become 0 count no more.
+    void shrink_cross(double factor) {
+        state_[kCross] = factor < __FLT_MIN__ ? 0.0 : state_[kCross] * factor;
+    }
+
     void gather_label(float* t_buffer, int64_t begin, int64_t count, int64_t padded,
                       Vec t_reference) {
         const int64_t place = label_ - chunk_.first - begin;

@@ -36,11 +36,11 @@ void step_row(const JacobiStep& step, int64_t row) {
     step.accepted[row] = 0;
     if (step.done[row]) return;
 
-    const int64_t room = step.limits[row] - step.generated[row];
-    if (room <= 0) {
+    if (step.limits[row] <= step.generated[row]) {
         step.done[row] = true;
         return;
     }
+    const int64_t room = step.limits[row] - step.generated[row];
     const int64_t m = step.progress[row];
     int64_t k = m + 1 + common_prefix(w + m + 1, p + m, n - 1 - m);
     if (step.accept_one) k = std::min(k, m + 1);

@@ -126,8 +126,9 @@ __device__ __forceinline__ void raise(Sums& sums, float s_max, float t_max, floa
     const float t_shrink = __expf(t_gap * inverse);
     sums.s_sum *= s_shrink;
     sums.t_sum *= t_shrink;
-    if (kDivergence == Divergence::kForwardKl) sums.cross *= t_shrink;
-    if (kDivergence == Divergence::kReverseKl) sums.cross *= s_shrink;
+    const float shrink = kDivergence == Divergence::kForwardKl ? t_shrink : s_shrink;
+    // infinite terms whose probability has become 0 count no more
+    sums.cross = shrink == 0.0f ? 0.0f : sums.cross * shrink;
     sums.plain *= __expf(t_gap);
     sums.s_max = s_max;
     sums.t_max = t_max;

@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(kWarp) jacobi_step_kernel(const JacobiStep ste
     const int64_t* p = step.predictions + row * step.n;  // [n]
     const int64_t generated = step.generated[row];
     const int64_t room = step.limits[row] - generated;
-    const bool was_done = step.done[row];
+    const bool was_done = step.done[row] || step.limits[row] <= generated;
     const int m = static_cast<int>(step.progress[row]);
     __syncwarp();  // every lane has read the row's state before lane 0 may write it
-    if (was_done || room <= 0) {
+    if (was_done) {
         if (lane == 0) {
             step.accepted[row] = 0;
             step.done[row] = true;

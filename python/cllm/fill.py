@@ -36,8 +36,8 @@ def fill_table(
     if fill == "pad":
         return torch.full((batch, width), pad_token_id, dtype=torch.long, device=device)
     # drawn on the CPU: generators of different devices give different numbers
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(width, generator=generator, dtype=torch.float64).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draws = torch.rand(width, generator=generator, dtype=torch.float64, device="cpu").to(device)
     padding = (prompt_width - prompt_lengths)[:, None]
     draws = draws[(torch.arange(width, device=device) - padding).clamp(min=0)]
     if fill == "random":

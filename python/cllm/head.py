@@ -16,6 +16,7 @@ from torch import Tensor
 import cllm_kernels
 
 from .traits import UnsupportedModelError, cache_argument, unwrapped
+from .uncompiled import uncompiled
 
 # Relative error (2-norm over the vocabulary) that rounding explains, by dtype: the hidden states
 # are the same, so no more than the head's own matmul, scale and cap can differ.
@@ -174,15 +175,15 @@ def _found(model: Any) -> LanguageHead:
     name = type(model).__name__
     weight = _linear(model).weight
     text = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     device = model.get_input_embeddings().weight.device
     vocabulary = min(weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    tokens = torch.randint(vocabulary, (1, 8), generator=generator).to(device)
+    tokens = torch.randint(vocabulary, (1, 8), generator=generator, device="cpu").to(device)
     bound = _BOUNDS.get(model.dtype, _BOUNDS[torch.bfloat16])
     best: tuple[float, LanguageHead] | None = None
     cap = getattr(text, "final_logit_softcapping", None)
     # a compiled model is not to be compiled for this one shape
-    with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), evaluating(model), uncompiled(model):
         expected = model(input_ids=tokens, use_cache=False).logits.double()
         for decoder in _decoders(model):
             hidden = _hidden_states(_decoder(model, decoder), {"input_ids": tokens})

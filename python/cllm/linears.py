@@ -180,17 +180,21 @@ def active_terms(
     return tuple(found), next(iter(gates), None)
 
 
+# Other threads look at `_users` without the lock, to know a forward as one from here: a module is
+# there before its forward is, and as long as it is.
 def _enter(module: Any) -> None:
-    if module not in _users:
+    before = _users.get(module, 0)
+    _users[module] = before + 1
+    if not before:
         module.forward = partial(_forward, module, module.forward)
-    _users[module] = _users.get(module, 0) + 1
 
 
 def _leave(module: Any) -> None:
-    _users[module] -= 1
-    if not _users[module]:
-        del _users[module]
+    if _users[module] == 1:
         del module.forward
+        del _users[module]
+    else:
+        _users[module] -= 1
 
 
 def _few(module: Any, x: Tensor) -> bool:

@@ -227,6 +227,8 @@ def _patched_generate(patches: _Patches, *args: Any, **kwargs: Any) -> Any:
     model, handle, huggingface_generate = patches.model, patches.current, patches.original
     if handle is None:  # the patch is gone, and somebody has kept its `generate`
         return huggingface_generate(*args, **kwargs)
+    if kwargs.get("custom_generate") is not None:  # `jacobi_decode` itself, or another loop
+        return huggingface_generate(*args, **kwargs)
     adapter = kwargs.pop("adapter", None) or handle.adapter
     try:
         return run_generate(model, huggingface_generate, handle.config, adapter, args, kwargs)

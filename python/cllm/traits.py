@@ -84,12 +84,16 @@ def mask_kinds(name: str, text: Any) -> dict[str, int | None]:
     return {kind: sizes[kind] for kind in _ATTENTION_TYPES if kind in used}
 
 
+# by how much a cache of fixed size may be longer than its text
+_ROUNDED = 1024
+
+
 @dataclass(frozen=True)
 class RopeChange:
     """A length at which the frequencies of RoPE change, and with them all keys and queries.
 
     Attributes:
-        rope_type: as the config names it.
+        rope_type: as the config names it; "attn_temperature_tuning": it is the queries' scale.
         threshold: most tokens of a forward's texts with the frequencies of short ones.
         once: frequencies stay the same beyond it, instead of changing with every token.
     """
@@ -118,4 +122,8 @@ def rope_changes(text: Any) -> tuple[RopeChange, ...]:
             threshold = one.get(name) or getattr(text, name, None) or context
         if threshold is not None and (once or "dynamic" in kind):
             found[RopeChange(kind, int(threshold), once)] = None
+    # Llama 4 counts the tokens of its cache there, which rows of different length do not share
+    floor = getattr(text, "floor_scale", None)
+    if getattr(text, "attn_temperature_tuning", False) and floor:
+        found[RopeChange("attn_temperature_tuning", max(1, int(floor) - _ROUNDED), False)] = None
     return tuple(found)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cllm
 from benchmarks.training.curves import draw, read_run
-from cllm.commands.train_settings import read_settings, training_arguments
+from cllm.commands.train_settings import eval_prompts, read_settings, training_arguments
+from cllm.training.recipe import RecipeError
 from tests.training.tiny_trajectories import store
 
 from .harness import PROMPTS, start, write_prompts
@@ -96,6 +97,23 @@ train:
     # evaluated at the end although no eval_steps were given
     assert "3 held-out prompts" in result.out
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_held_out_prompts_by_the_names_of_the_flags(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "one", "d": "x"}\n{"q": "two", "d": "x"}\n')
+    # a line's end as a shell hands it over, and as YAML does
+    for template in ("{d}\\n{q}", "{d}\n{q}"):
+        own = {"eval_prompts": {"prompts": str(rows), "prompt-template": template, "skip": 1}}
+        assert [prompt.text for prompt in eval_prompts(own)] == ["x\ntwo"]
+        flags = {"eval_prompts": str(rows), "eval_template": template, "eval_limit": 1}
+        assert [prompt.text for prompt in eval_prompts(flags)] == ["x\none"]
+    with pytest.raises(RecipeError, match="'prompt_column' is there twice"):
+        eval_prompts({"eval_prompts": {"prompt-column": "q", "prompt_column": "q"}})
+    with pytest.raises(RecipeError, match="takes files and mappings, not 3"):
+        eval_prompts({"eval_prompts": [3]})
+    with pytest.raises(RecipeError, match="unknown setting 'prompt_colum'"):
+        eval_prompts({"eval_prompts": {"prompts": str(rows), "prompt-colum": "q"}})
 
 
 def test_a_gated_adapter(run, flags, model_folder, trajectories, tmp_path):

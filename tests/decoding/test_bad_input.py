@@ -87,7 +87,7 @@ def test_training_mode():
 
 def test_mixed_devices():
     model = fresh_model().to("meta")
-    with pytest.raises(ValueError, match="input_ids is on cpu, the model on meta"):
+    with pytest.raises(ValueError, match="input_ids on cpu: the model is on meta; pass"):
         cllm.generate(model, **prompts([3]), max_new_tokens=4, pad_token_id=0)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cllm
-from cllm.decoding.uncompiled import uncompiled
+from cllm.uncompiled import uncompiled
 
 from .tiny_models import fresh_model, prompts, tiny_model
 

@@ -149,6 +149,32 @@ def test_rows_of_a_batch_are_asked_for_by_their_own_text():
     assert [int((row == EOS).nonzero()[0, 0]) for row in found[:, 5:]] == [4, 8, 12]
 
 
+def test_rows_of_one_prompt_are_asked_for_by_its_number():
+    model, inputs = tiny_model("llama"), prompts([5, 5])
+    asked = set()
+
+    def allowed(row, tokens):
+        asked.add(row)
+        return [EOS] if len(tokens) == 11 else list(range(3 + row, VOCAB, 2))
+
+    found = cllm.generate(
+        model, **inputs, max_new_tokens=8, do_sample=True, seed=3, num_return_sequences=3,
+        block_size=4, prefix_allowed_tokens_fn=allowed,
+    )  # fmt: skip
+    assert asked == {0, 1}
+    for row, tokens in enumerate(found[:, 5:11].tolist()):
+        assert all(token % 2 == (3 + row // 3) % 2 for token in tokens)
+
+
+def test_what_alone_is_allowed_comes_though_it_was_forbidden():
+    model, inputs = tiny_model("llama"), prompts([5])
+    found = cllm.generate(
+        model, **inputs, max_new_tokens=6, do_sample=False, block_size=3,
+        bad_words_ids=[[7], [8]], prefix_allowed_tokens_fn=lambda row, tokens: [7, 8],
+    )  # fmt: skip
+    assert set(found[0, 5:].tolist()) <= {7, 8}
+
+
 class Recorder:
     """A streamer that keeps what it is given."""
 

@@ -304,6 +304,38 @@ def test_extreme_scores_and_repeated_runs(backend, device):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("garbage", [NAN, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_finite_stays_behind_the_tokens_before_it(
+    backend, device, dtype, garbage, side, softcap, window
+):
+    """A wrong guess that overflows must not reach the right ones in front of it, nor an old token
+    those that see it no more."""
+    outs = []
+    for bad in (False, True):
+        q, k_new, v_new, k_cache, v_cache, lengths = make(dtype=dtype, device=device)
+        if bad:
+            new, cache = (k_new, k_cache) if side == "keys" else (v_new, v_cache)
+            new[:, :, 3:] = garbage
+            if window is not None:
+                cache[2, :, 40 - window + 1] = garbage  # the first token alone sees it
+        with running(OP, backend, device):
+            out = cllm_kernels.block_attention(
+                q, k_new, v_new, k_cache, v_cache, lengths, softcap=softcap, window=window
+            )
+        outs.append(out)
+    assert outs[0].isfinite().all()
+    seen = torch.ones(3, 3, dtype=torch.bool, device=device)
+    seen[2, 0] = window is None
+    found, wanted = (out[:, :, :3].transpose(1, 2)[seen] for out in (outs[1], outs[0]))
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+    assert not outs[1][:, :, 3:].isfinite().all()
+
+
+@everywhere(OP)
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), 3e38, -3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_no_query_sees_never_reaches_the_output(backend, device, garbage, dtype):

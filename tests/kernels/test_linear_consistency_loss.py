@@ -247,6 +247,30 @@ def test_banned_tokens(backend, device, divergence):
 
 
 @everywhere(OP)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_a_term_whose_probability_vanishes_later(backend, device, divergence):
+    """What is infinite while the largest logit so far is small counts for nothing beside a much
+    larger one, whichever of the two comes first."""
+    losses = []
+    for small, large in ((5, 2048), (2048, 5)):
+        logits, banned = torch.full((2100,), -50.0), torch.zeros(2100)
+        logits[small], logits[large], banned[small] = 0.0, 30.0, -INF
+        forward = divergence == "forward_kl"
+        bias, teacher_bias = (banned, logits) if forward else (logits, banned)
+        case = Case(
+            torch.ones(1, 8), torch.ones(1, 8), torch.zeros(2100, 8), bias,
+            dict(
+                divergence=divergence, temperature=0.1, teacher_weight=torch.zeros(2100, 8),
+                teacher_bias=teacher_bias,
+            ),
+        )  # fmt: skip
+        with running(OP, backend, device):
+            losses.append(case.run(cllm_kernels.linear_consistency_loss, torch.float32, device)[0])
+    assert losses[0].isfinite()
+    assert torch.allclose(*losses, rtol=1e-5)
+
+
+@everywhere(OP)
 def test_nan_reaches_the_loss(backend, device):
     case = Case.random(3, 90, 16, torch.float32)
     case.student[1, 2] = NAN

@@ -136,7 +136,7 @@ class GatedAdapter:
         if rank < 1:
             raise ValueError(f"rank must be >= 1, not {rank}")
         base = unwrapped(model)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         weights = {}
         for name, module, shape in linear_targets(base):
             if targets != "all-linear" and not any(
@@ -144,8 +144,8 @@ class GatedAdapter:
             ):
                 continue
             weight: Any = base_layer(module).weight
-            a = torch.randn(rank, shape[0], generator=generator) * scale
-            b = torch.randn(shape[1], rank, generator=generator) * scale
+            a = torch.randn(rank, shape[0], generator=generator, device="cpu") * scale
+            b = torch.randn(shape[1], rank, generator=generator, device="cpu") * scale
             weights[name] = LowRank(a.to(weight), b.to(weight), 1.0)
         if not weights:
             raise AdapterError(f"{type(base).__name__} has no linear layer called {targets!r}")

@@ -140,7 +140,11 @@ def collect(
     ] = Take.train,
     shuffle_seed: Annotated[
         int | None,
-        typer.Option("--shuffle-seed", help="Shuffle the rows first.", rich_help_panel=_SOURCE),
+        typer.Option(
+            "--shuffle-seed",
+            help="Shuffle the rows that were chosen, before --skip and --limit.",
+            rich_help_panel=_SOURCE,
+        ),
     ] = None,
     skip: Annotated[
         int,

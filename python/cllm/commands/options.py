@@ -50,7 +50,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="Model folder or hub id.  [default: SmolLM2-135M-Instruct]",
+        help="Model folder or hub id.  [default: SmolLM2-135M-Instruct, of 4-bit weights]",
         show_default=False,
     ),
 ]

@@ -130,7 +130,12 @@ def train(
         ),
     ] = None,
     states: Annotated[
-        int | None, typer.Option("--states", min=1, help="Noisy states a block.  [default: 1]")
+        int | None,
+        typer.Option(
+            "--states",
+            min=1,
+            help="Noisy states a block; of uniform and visited, a response.  [default: 1]",
+        ),
     ] = None,
     augment: Annotated[
         float | None,

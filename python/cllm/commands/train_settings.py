@@ -151,12 +151,31 @@ def eval_prompts(own: dict[str, Any]) -> list[Prompt]:
         return []
     found = []
     for source in given if isinstance(given, list) else [given]:
-        values: dict[str, Any] = {"prompts": source} if isinstance(source, str) else dict(source)
+        values: dict[str, Any] = {"prompts": source} if isinstance(source, str) else named(source)
         for flag, name in (("eval_column", "prompt_column"), ("eval_template", "prompt_template")):
             if own.get(flag):
                 values[name] = own[flag]
         found += _source_prompts(values, own.get("eval_limit") or values.get("limit"))
     return found
+
+
+def named(source: Any) -> dict[str, Any]:
+    """A mapping of a recipe by the names of its keys, in which a dash is an underscore.
+
+    Raises:
+        RecipeError: no mapping, or a key that stands there twice.
+    """
+    from ..training.recipe import RecipeError
+
+    if not isinstance(source, dict):
+        raise RecipeError(f"eval_prompts takes files and mappings, not {source!r}")
+    values: dict[str, Any] = {}
+    for key, value in source.items():
+        name = str(key).replace("-", "_")
+        if name in values:
+            raise RecipeError(f"eval_prompts: the setting {name!r} is there twice")
+        values[name] = value
+    return values
 
 
 def _source_prompts(values: dict[str, Any], limit: int | None) -> list[Prompt]:
@@ -172,9 +191,10 @@ def _source_prompts(values: dict[str, Any], limit: int | None) -> list[Prompt]:
     chosen: dict[str, Any] = {name: values[name] for name in _SOURCE_KEYS if name in values}
     if "dataset_config" in chosen:
         chosen["config"] = chosen.pop("dataset_config")
+    template = values.get("prompt_template")
     columns = Columns(
         prompt=values.get("prompt_column", "prompt"),
-        template=values.get("prompt_template"),
+        template=template and template.replace("\\n", "\n"),
         id=values.get("id_column"),
     )
     source = Source(str(values["prompts"]), limit=limit or EVAL_PROMPTS, **chosen)

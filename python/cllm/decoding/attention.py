@@ -232,5 +232,6 @@ def cllm_attention(model: torch.nn.Module, replaced: tuple[str, ...]) -> Iterato
                 if users > 1:
                     _users[key] = users - 1, chosen
                 else:
-                    del _users[key]
+                    # in this order, as others look without the lock
                     config._attn_implementation_internal = chosen
+                    del _users[key]

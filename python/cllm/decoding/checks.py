@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from transformers.generation import utils as huggingface
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ..traits import CACHE_ARGUMENTS
@@ -74,8 +76,6 @@ def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, A
         raise UnsupportedOptionError(
             f"cache_implementation={cache!r}", "it keeps keys and values in a cache of its own"
         )
-    if model_kwargs.get("synced_gpus"):
-        raise UnsupportedOptionError("synced_gpus=True", "rows of other ranks are not waited for")
     for name in CACHE_ARGUMENTS:
         past = model_kwargs.get(name)
         if past is not None and past.get_seq_length() > 0:
@@ -83,9 +83,44 @@ def check_options(generation_config: GenerationConfig, model_kwargs: dict[str, A
                 name, "it cannot continue another cache; pass the whole text as input_ids"
             )
     for name, value in model_kwargs.items():
-        if value is not None and name not in _PREPARED and name not in ("synced_gpus",):
+        if value is not None and name not in _PREPARED:
             raise UnsupportedOptionError(
                 name, "it feeds token ids only and would leave this input out"
+            )
+
+
+def check_surroundings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers and PEFT would not tell a decoding loop of one's own.
+
+    Args:
+        args, kwargs: of ``generate``.
+
+    Raises:
+        UnsupportedOptionError: naming the option.
+    """
+    synced = kwargs.get("synced_gpus")
+    if synced is None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # as transformers itself decides
+        synced = several and (
+            huggingface.is_deepspeed_zero3_enabled() or huggingface.is_fsdp_managed_module(model)
+        )
+    if synced:
+        raise UnsupportedOptionError("synced_gpus=True", "rows of other ranks are not waited for")
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    wanted = kwargs.get("token_healing")
+    for config in (given, getattr(model, "generation_config", None)):
+        wanted = getattr(config, "token_healing", None) if wanted is None else wanted
+    if wanted:
+        raise UnsupportedOptionError("token_healing=True", "the tokenizer stays outside of it")
+    if kwargs.get("adapter_names") is not None:
+        raise UnsupportedOptionError("adapter_names", "its probe would be of other rows")
+    for owner in (model, getattr(model, "base_model", None)):
+        configs = getattr(owner, "peft_config", None) or {}
+        if any(getattr(one, "alora_invocation_tokens", None) for one in configs.values()):
+            raise UnsupportedOptionError(
+                "an activated LoRA (alora_invocation_tokens)",
+                "it counts tokens from a prompt's end",
             )
 
 
@@ -121,9 +156,9 @@ def check_inputs(
             "its weights are in memory during a forward only; keep the embedding on a device",
         )
     if input_ids.device != device:
-        raise ValueError(
-            f"input_ids is on {input_ids.device}, the model on {device}; "
-            f"pass input_ids.to({str(device)!r})"
+        raise UnsupportedOptionError(
+            f"input_ids on {input_ids.device}",
+            f"the model is on {device}; pass input_ids.to({str(device)!r})",
         )
     width = input_ids.shape[1]
     if width == 0:

@@ -205,7 +205,12 @@ class JacobiConfig:
         return self.block_size
 
     def on(
-        self, device: str, batch: int, gated: bool = False, dtype: torch.dtype | None = None
+        self,
+        device: str,
+        batch: int,
+        gated: bool = False,
+        dtype: torch.dtype | None = None,
+        context: int | None = None,
     ) -> JacobiConfig:
         """These settings with the block size that ``None`` stands for.
 
@@ -214,6 +219,8 @@ class JacobiConfig:
             batch: rows.
             gated: an adapter guesses.
             dtype: of the model; None: not known.
+            context: most positions of the model, which no window exceeds; None: there is no such
+                number.
         """
         if self.block_size is not None:
             return self
@@ -227,6 +234,8 @@ class JacobiConfig:
                 size = max(size, 2)
         if self.verify_size is not None:  # all of a block is checked
             size = self.verify_size if self.mode == "block" else max(size, self.verify_size)
+        if context is not None:
+            size = max(min(size, context), self.verify_size or 1)
         return replace(self, block_size=size)
 
     def asks_adapter(self, device: str, batch: int) -> bool:

@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from ..adapter import Gate, resolve_adapter
 from ..adapter.peft_model import adapters_off
 from ..fill import Fill, fill_table
+from ..uncompiled import uncompiled
 from .auto import choose
 from .automatic import plan_call
 from .cache import VIEW_STEP, round_up
@@ -25,7 +26,7 @@ from .forward import BlockForward
 from .gated import GatedCandidateIteration, GatedIteration
 from .graphs import GraphedForward, check_device, graphed_forward, window_key
 from .inductor import CompiledForward, check_compilable
-from .layouts import Layout, choose_layout
+from .layouts import Layout, check_gateable, choose_layout
 from .lookup import Lookup
 from .loop import DecodingLoop, WindowIteration, WindowState
 from .odds import GuessOdds
@@ -38,7 +39,6 @@ from .shelf import with_room
 from .static_loop import graphed_loop, iteration_key
 from .stopping import StopRules
 from .support import ModelTraits, UnsupportedOptionError, check_model
-from .uncompiled import uncompiled
 
 
 @torch.no_grad()
@@ -121,7 +121,6 @@ def jacobi_decode(
     check_adapter_settings(settings, adapter)
     device, batch = input_ids.device.type, max(1, input_ids.shape[0])
     asked = adapter is not None and settings.asks_adapter(device, batch)
-    settings = settings.on(device, batch, gated=asked, dtype=getattr(model, "dtype", None))
     if generation_config is None:
         raise ValueError(
             "jacobi_decode was called without a generation_config; call "
@@ -129,6 +128,9 @@ def jacobi_decode(
         )
     check_options(generation_config, model_kwargs)
     traits = check_model(model)
+    settings = settings.on(
+        device, batch, gated=asked, dtype=getattr(model, "dtype", None), context=traits.context
+    )
     check_inputs(model, traits, input_ids, model_kwargs.get("attention_mask"), settings)
     if settings.compile == "graph":
         check_device(input_ids.device)
@@ -166,6 +168,7 @@ def jacobi_decode(
         if adapter is not None:
             adapter = resolve_adapter(adapter)
             adapter.check(model)
+            check_gateable(model, traits)
             stack.enter_context(adapters_off(model))
         if settings.block_size == AUTO:
             choice = choose(
@@ -257,7 +260,8 @@ def _start(
     )
     head = None
     compiled = settings.compile == "inductor"
-    if noise is not None and not (gate or compiled) and only_temperature(processors):
+    # whether an adapter is asked may hang on the batch, a sample may not
+    if noise is not None and not compiled and adapter is None and only_temperature(processors):
         head = fused_head(model)
     shape: dict[str, Any] = dict(
         batch=batch,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from .checks import check_surroundings
 from .config import FIELDS, JacobiConfig
 from .decode import jacobi_decode
 from .output import JacobiOutput
@@ -70,6 +71,7 @@ def run_generate(
     for name in ("assistant_model", "inputs_embeds", "position_ids", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             raise UnsupportedOptionError(name, "it decodes one model from token ids")
+    check_surroundings(model, args, kwargs)
     _take_stop_strings(model, args, kwargs)
     streamer = kwargs.pop("streamer", None)
     keys = {name: kwargs.pop(name, None) for name in ("generator", "row_ids")}

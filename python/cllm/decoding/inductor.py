@@ -24,11 +24,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..linears import DTYPES, block_linears, most_rows
+from ..uncompiled import any_compiled
 from .cache import RaggedCache, round_up
 from .forward import BlockForward, Masks
 from .layouts import Layout
 from .support import ModelTraits, model_device
-from .uncompiled import any_compiled
 
 # A cache's size is a multiple of so many slots: attention goes over all of them, and every size is
 # compiled for itself.

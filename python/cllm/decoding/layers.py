@@ -44,6 +44,8 @@ _LINEARS = (
 )
 # those of them that read the same input
 _SHARED = ((0, 1, 2), (4, 5))
+# Sets of weights that a layer keeps: one for each adapter that works right now, and without any.
+_MOST_WEIGHTS = 8
 
 _lock = threading.Lock()
 # layers and final norms whose forward is replaced right now -> by how many calls
@@ -154,22 +156,24 @@ def native_layers(model: Any, traits: ModelTraits) -> Iterator[None]:
         ]
         if len(made) == len(layers) and _stackable(model, made):
             made[0].others = tuple(made[1:])
-        for native in made:
-            native.layer.forward = native.forward
-        for norm in norms:
-            if norm not in _users:
-                norm.forward = final_norm.NativeNorm(norm).forward
+        new = [norm for norm in norms if norm not in _users]
+        # other threads know a forward as ours by this, and look without the lock
         for module in (*layers, *norms):
             _users[module] = _users.get(module, 0) + 1
+        for native in made:
+            native.layer.forward = native.forward
+        for norm in new:
+            norm.forward = final_norm.NativeNorm(norm).forward
     try:
         yield
     finally:
         with _lock:
             for module in (*layers, *norms):
-                _users[module] -= 1
-                if not _users[module]:
-                    del _users[module]
+                if _users[module] == 1:
                     del module.forward
+                    del _users[module]
+                else:
+                    _users[module] -= 1
 
 
 def _stackable(model: Any, natives: list[NativeLayer]) -> bool:
@@ -285,6 +289,8 @@ class NativeLayer:
         check_rows(rows, shape)
         weights = self._weights.get(terms)
         if weights is None:
+            if len(self._weights) == _MOST_WEIGHTS:  # every call with an adapter brings its own
+                del self._weights[next(iter(self._weights))]
             weights = self._weights[terms] = self._made(terms)
         return weights, None if rows is None else rows[0]
 

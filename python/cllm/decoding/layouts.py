@@ -118,6 +118,15 @@ def choose_layout(
     return known[key]
 
 
+def check_gateable(model: Any, traits: ModelTraits) -> None:
+    """Raises UnsupportedModelError if no window can stand twice among the model's keys."""
+    if traits.prefer_right_aligned:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads a token's position off its place among the keys, where "
+            "two rows cannot share one; decode it without an adapter, and with candidates=1"
+        )
+
+
 def _block_attention_runs(traits: ModelTraits, device: torch.device) -> bool:
     """Whether the block layout is worth a try: a kernel is there, and knows the model's masks."""
     return (
@@ -130,11 +139,8 @@ def _block_attention_runs(traits: ModelTraits, device: torch.device) -> bool:
 def _probe(
     model: Any, traits: ModelTraits, input_ids: torch.Tensor, fitting: set[str], gated: bool
 ) -> Layout:
-    if gated and traits.prefer_right_aligned:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} reads a token's position off its place among the keys, where "
-            "two rows cannot share one; decode it without an adapter, and with candidates=1"
-        )
+    if gated:
+        check_gateable(model, traits)
     # far above rounding, far below what a wrong mask or position does to the logits
     bound = 1e-2 if model.dtype == torch.float32 else 0.1
     tokens = input_ids[torch.arange(8, device=input_ids.device) % input_ids.shape[0]]

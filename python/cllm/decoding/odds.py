@@ -56,7 +56,7 @@ class GuessOdds:
         kinds = [(_ADAPTER if gated else _OWN, _SEEN), (_POOL, _SEEN)]
         kinds += [(run, _SEEN_TEXT) for run in text]
         counts = [[round(run * seen * GUESS), seen * GUESS] for run, seen in kinds]
-        start = torch.tensor(counts) if known is None else known
+        start = torch.tensor(counts, device=device) if known is None else known
         self.odds = start.to(device).repeat(batch, 1, 1)
         self.proposed = torch.full((batch, 3, width), -1, device=device)
         self.since = torch.full((batch,), -1, device=device)

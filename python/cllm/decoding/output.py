@@ -62,7 +62,7 @@ def output_of(
     sequences = sequences.masked_fill(columns >= ends[:, None], pad_token_id)
     if not whole:
         return sequences
-    iterations = torch.tensor([row.iterations for row in loop.rows])
+    iterations = torch.tensor([row.iterations for row in loop.rows], device="cpu")
     accepted = ends.cpu() - loop.prompt_width
     trajectories = None
     if loop.config.record_trajectories:

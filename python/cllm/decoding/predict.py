@@ -217,10 +217,11 @@ def _constrained(
     processor: Any, prefix: torch.Tensor, scores: torch.Tensor, rows: Sequence[int]
 ) -> torch.Tensor:
     """What transformers' `PrefixConstrainedLogitsProcessor` makes of the scores [B, V] of `rows`;
-    it would ask for all rows of the batch, and the user's function may know its rows by number."""
+    it would ask for all rows of the batch, and the user's function may know its rows by number:
+    the prompt's, which `num_return_sequences` rows share."""
     scores = scores.clone()
     for row in rows:
-        allowed = processor._prefix_allowed_tokens_fn(row, prefix[row])
+        allowed = processor._prefix_allowed_tokens_fn(row // processor._num_beams, prefix[row])
         if len(allowed) == 0:
             raise ValueError(
                 f"prefix_allowed_tokens_fn allows no token behind the {prefix.shape[1]} tokens of "
@@ -229,6 +230,8 @@ def _constrained(
         mask = torch.full_like(scores[row], float("-inf"))
         mask[allowed] = 0
         scores[row] += mask
+        if bool(scores[row].amax().isneginf()):  # all that is allowed was forbidden before
+            scores[row] = mask
     return scores
 
 

@@ -111,9 +111,17 @@ def check_model(model: Any) -> ModelTraits:
         context=context,
         bounded_positions=context is not None and _bounded_positions(model, text),
         vocab_size=model.get_input_embeddings().weight.shape[0],
-        prefer_right_aligned=not takes_positions or bool(getattr(text, "alibi", False)),
+        prefer_right_aligned=(
+            not takes_positions or bool(getattr(text, "alibi", False)) or _local_by_place(text)
+        ),
         rope_changes=rope_changes(text),
     )
+
+
+def _local_by_place(text: Any) -> bool:
+    """Whether layers tell what is too far away by the keys' places, not by masks (GPT-Neo): a short
+    probe would not find that out."""
+    return "local" in (getattr(text, "attention_layers", None) or ())
 
 
 def _bounded_positions(model: Any, text: Any) -> bool:

@@ -64,10 +64,10 @@ class Walk:
         if not _has_fixed_rotations(model.model.rotary_emb):
             return False  # a piece would get the angles of a text that ends with it
         cache.plan.reserve(width)
-        columns = torch.arange(min(step, width))
+        columns = torch.arange(min(step, width), device=input_ids.device)
         for start in range(0, width, step):
             piece = input_ids[:, start : start + step]
-            lengths = torch.full((batch,), start)
+            lengths = torch.full((batch,), start, device=input_ids.device)
             cache.plan.start_window(lengths, [start] * batch, piece.shape[1])
             if self._through_layers(model, cache, piece, columns[: piece.shape[1]]) is None:
                 return False
@@ -124,7 +124,7 @@ class Walk:
             return cos, sin
         table = self._table
         if table is None or table[0].shape[1] < plan.capacity or table[0].dtype != hidden.dtype:
-            places = torch.arange(plan.capacity)[None]
+            places = torch.arange(plan.capacity, device=offsets.device)[None]
             if self._limit is not None:
                 places = places.clamp(max=self._limit - 1)
             table = self._table = rotary(hidden, position_ids=places)
