@@ -45,7 +45,9 @@ def test_gradients_are_refused():
         ({"guess_width": 0}, ValueError, "guess_width must be at least 1, not 0"),
         ({"guesses_from": 4}, ValueError, "guesses_from must be from 0 to n = 3, not 4"),
         ({"gated_from": -1}, ValueError, "gated_from must be from 0 to n = 3, not -1"),
-        ({"eps": -1.0}, ValueError, "eps >= 0"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and not negative, not -1.0"),
+        ({"eps": float("inf")}, ValueError, "eps must be finite"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
     ],
 )
 def test_bad_arguments_are_named(changes, error, message):

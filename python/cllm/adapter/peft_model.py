@@ -25,6 +25,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
     Unlike PEFT's own ``disable_adapter``, this leaves ``requires_grad`` alone, so it may stand in
     the middle of a training run; and the last of several concurrent calls puts the state back.
+    Adapters are off for all threads meanwhile: forwards that are to have them wait their turn.
 
     Raises:
         AdapterError: if adapters are merged into the weights: there is no base left to run.
