@@ -123,7 +123,8 @@ def section(results: Path) -> str:
 def record_section(found: dict[str, Any], folder: str, name: str) -> list[str]:
     floor = found["floor"]
     sizes = list(found["batches"])
-    many = "" if sizes == ["1"] else f", batches of {' and '.join(sizes)}"
+    every = " and ".join(filter(None, [", ".join(sizes[:-1]), sizes[-1]]))
+    many = "" if sizes == ["1"] else f", batches of {every}"
     where = "" if folder == "cpu" else f", on {found['provenance']['device']}"
     ended = " The run was ended before its last task." if found.get("cut_off") else ""
     lines = [

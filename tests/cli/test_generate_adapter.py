@@ -49,6 +49,15 @@ def test_not_trained_with_the_gate_is_said(run, batch, adapter):
     assert f"{adapter} does not say that it was trained with the gate" in result.err
 
 
+def test_large_batches_say_that_they_do_without(run, batch, adapter):
+    unnamed = [part for part in batch if part not in ("--block-size", 6)]
+    said = "in batches of 4 the adapter is not asked"
+    for size, asked in ((4, False), (2, True)):
+        result = run(*unnamed, "--adapter", adapter, "--batch-size", size)
+        assert result.code == 0 and (said in result.err) is not asked
+    assert said not in run(*batch, "--adapter", adapter, "--batch-size", 4).err
+
+
 def test_bad_input(run, batch, adapter, model_folder):
     assert "--verify-size needs --adapter" in run(*batch, "--verify-size", 3).error
     too_many = run(*batch, "--adapter", adapter, "--verify-size", 7)

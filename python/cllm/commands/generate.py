@@ -181,6 +181,14 @@ def generate(
         chosen_adapter = None if adapter is None else load_adapter(adapter, loaded, errors)
         run = _Run(loaded, config, max_new_tokens, sampling, errors, chosen_adapter)
         run.encode(chosen, system, not no_chat_template)
+        rows = min(batch_size, len(chosen))
+        if adapter is not None and not config.asks_adapter(loaded.model.device.type, rows):
+            errors.print(
+                f"in batches of {rows} the adapter is not asked: its rows cost more than they save "
+                "(--block-size N asks it all the same)",
+                markup=False,
+                soft_wrap=True,
+            )
         return run
 
     if output is not None:
