@@ -146,12 +146,18 @@ def eval_prompts(own: dict[str, Any]) -> list[Prompt]:
     Raises:
         PromptError: a file, column or row that cannot be used. RecipeError: an unknown setting.
     """
+    from ..training.recipe import RecipeError, checked
+
     given = own.get("eval_prompts")
     if not given:
         return []
     found = []
     for source in given if isinstance(given, list) else [given]:
-        values: dict[str, Any] = {"prompts": source} if isinstance(source, str) else named(source)
+        values: dict[str, Any] = {"prompts": source}
+        if not isinstance(source, str):
+            if not isinstance(source, dict):
+                raise RecipeError(f"eval_prompts takes files and mappings, not {source!r}")
+            values = checked(source, (*_SOURCE_KEYS, *_PROMPT_KEYS), "eval_prompts")
         for flag, name in (("eval_column", "prompt_column"), ("eval_template", "prompt_template")):
             if own.get(flag):
                 values[name] = own[flag]
@@ -159,31 +165,10 @@ def eval_prompts(own: dict[str, Any]) -> list[Prompt]:
     return found
 
 
-def named(source: Any) -> dict[str, Any]:
-    """A mapping of a recipe by the names of its keys, in which a dash is an underscore.
-
-    Raises:
-        RecipeError: no mapping, or a key that stands there twice.
-    """
-    from ..training.recipe import RecipeError
-
-    if not isinstance(source, dict):
-        raise RecipeError(f"eval_prompts takes files and mappings, not {source!r}")
-    values: dict[str, Any] = {}
-    for key, value in source.items():
-        name = str(key).replace("-", "_")
-        if name in values:
-            raise RecipeError(f"eval_prompts: the setting {name!r} is there twice")
-        values[name] = value
-    return values
-
-
 def _source_prompts(values: dict[str, Any], limit: int | None) -> list[Prompt]:
     """The prompts of one source, given by the names of the flags of ``cllm collect``."""
     from ..training.collect.sources import Columns, Source, read_few_shot, read_source
-    from ..training.recipe import check_keys
 
-    check_keys(values, (*_SOURCE_KEYS, *_PROMPT_KEYS), "eval_prompts")
     if not values.get("prompts"):
         raise CommandError("eval_prompts: say which file or data set under prompts:")
     if isinstance(values.get("where"), str):

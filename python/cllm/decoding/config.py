@@ -239,7 +239,7 @@ class JacobiConfig:
         return replace(self, block_size=size)
 
     def asks_adapter(self, device: str, batch: int) -> bool:
-        """Whether an adapter makes the guesses where there is one. No text hangs on it.
+        """Whether an adapter makes the guesses where there is one. The text is the base's anyway.
 
         False where nobody has said how many rows a forward may have, and a batch is so large that
         two tokens of each row and their guesses would be more of them than pay.

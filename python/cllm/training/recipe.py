@@ -49,9 +49,9 @@ def read_recipe(
     name = os.fspath(path)
     content = _load(name)
     if not any(key in SECTIONS for key in content):
-        return _checked(content, known, name)
+        return checked(content, known, name)
     outside = {key: value for key, value in content.items() if key not in SECTIONS}
-    values = _checked(outside, shared, name, extra=SECTIONS)
+    values = checked(outside, shared, name, extra=SECTIONS)
     if section not in content:
         raise RecipeError(f"{name} has no section {section!r}; add one, or leave sections out")
     inside = content[section]
@@ -59,11 +59,11 @@ def read_recipe(
         inside = {}
     if not isinstance(inside, dict):
         raise RecipeError(f"{name}: the section {section!r} holds no settings (key: value)")
-    own = _checked(inside, known, f"{name}, section {section}")
+    own = checked(inside, known, f"{name}, section {section}")
     return {key: value for key, value in values.items() if key in known} | own
 
 
-def check_keys(keys: Collection[str], known: Collection[str], where: str) -> None:
+def _check_keys(keys: Collection[str], known: Collection[str], where: str) -> None:
     """Refuse a key that is not known.
 
     Raises:
@@ -76,9 +76,14 @@ def check_keys(keys: Collection[str], known: Collection[str], where: str) -> Non
             raise RecipeError(f"{where}: unknown setting {key!r}{hint}")
 
 
-def _checked(
+def checked(
     values: Mapping[Any, Any], known: Collection[str], where: str, extra: Collection[str] = ()
 ) -> dict[str, Any]:
+    """Settings by their names, in which a dash is an underscore.
+
+    Raises:
+        RecipeError: a key that is no name, is there twice, or in neither `known` nor `extra`.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(key, str):
@@ -87,7 +92,7 @@ def _checked(
         if plain in found:
             raise RecipeError(f"{where}: the setting {plain!r} is there twice")
         found[plain] = value
-    check_keys(found, [*known, *extra], where)
+    _check_keys(found, [*known, *extra], where)
     return found
 
 
